@@ -1,0 +1,1 @@
+"""Wire contract of Octavo, one package per version."""

@@ -1,0 +1,1 @@
+"""The service: INT8 paged KV-cached decoding over gRPC."""

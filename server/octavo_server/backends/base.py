@@ -1,0 +1,220 @@
+"""The backend interface: three operations over paged INT8 layers, batched and ragged.
+
+A step is `int8_kv_append_paged` followed by `int8_paged_decode_attention` on the same `RaggedBatch`. Arrays that
+cross this interface are host arrays (numpy; bfloat16 as `ml_dtypes.bfloat16`); where the pool lives, and in which
+layout, is the backend's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo_server.model import ModelSpec
+
+HostArray = NDArray[Any]
+"""A C-contiguous host array of float16, bfloat16 or float32."""
+
+IO_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
+"""Element types of q, k, v and out."""
+
+NO_OFFENCE = np.iinfo(np.int64).max
+"""The offence of an entry whose rows are all finite and quantisable."""
+
+
+class UnsupportedError(Exception):
+    """A device, dtype or model that a backend does not support; the text says what it does support."""
+
+
+class Offence(NamedTuple):
+    """An entry's first value that cannot be stored or attended with, in the order field, token, head.
+
+    Packed into an int64 as `field << 60 | token << 24 | head << 8 | kind`, so that the smallest is the first.
+    """
+
+    field: str
+    token_idx: int
+    head_idx: int
+    is_overflow: bool
+
+    @classmethod
+    def unpack(cls, code: int) -> Offence | None:
+        """Return the offence that `code` stands for, None for NO_OFFENCE."""
+        if code == NO_OFFENCE:
+            return None
+        return cls(
+            "kvq"[code >> 60], code >> 24 & (1 << 32) - 1, code >> 8 & 0xFFFF, bool(code & 0xFF)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RaggedBatch:
+    """One launch: entries of one model, each with its own session, layer and length.
+
+    Entry e owns the rows token_starts[e] .. token_starts[e + 1] of q, k and v.
+
+    Attributes:
+        layers: [num_entries] int32 layer of each entry.
+        start_pos: [num_entries] int32 position of the entry's first token: the length before an append.
+        token_starts: [num_entries + 1] int32 first row of each entry; the last is total_tokens.
+        kv_lens: [num_entries] int32 valid tokens of the entry's layer once this batch is appended; 0 skips the entry
+            in attention: its rows of out are 0, of lse -inf, and its q is not checked.
+        is_causal: [num_entries] bool; row i attends to [0, start_pos + i] where true, else to [0, kv_len).
+        block_tables: [num_entries, max_num_blocks] int32 block ids, padded with -1.
+        slot_mapping: [total_tokens] int64 `block_id * block_size + offset` of each row; -1 = do not store.
+    """
+
+    layers: NDArray[np.int32]
+    start_pos: NDArray[np.int32]
+    token_starts: NDArray[np.int32]
+    kv_lens: NDArray[np.int32]
+    is_causal: NDArray[np.bool_]
+    block_tables: NDArray[np.int32]
+    slot_mapping: NDArray[np.int64]
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the batch."""
+        return len(self.layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedInt8Layer:
+    """One layer's pool: codes and scales of K and V, as torch tensors in the backend's own layout and device."""
+
+    k_codes: Any
+    v_codes: Any
+    k_scales: Any
+    v_scales: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedInt8Cache:
+    """The paged INT8 layers of one model, as its backend allocated them.
+
+    Attributes:
+        spec: The model.
+        num_blocks: Blocks of every layer.
+        layers: One pool a layer.
+        prepared: What the backend derived once from spec and layers (pointer tables, option arrays).
+    """
+
+    spec: ModelSpec
+    num_blocks: int
+    layers: Sequence[PagedInt8Layer]
+    prepared: Any = None
+
+
+class DecodeOutput(NamedTuple):
+    """What attention returns.
+
+    Attributes:
+        out: [total_tokens, num_q_heads, head_dim] in q's dtype.
+        lse: [total_tokens, num_q_heads] float32, or None when not asked for.
+        offences: [num_entries] int64 packed `Offence` of q, or NO_OFFENCE.
+    """
+
+    out: HostArray
+    lse: NDArray[np.float32] | None
+    offences: NDArray[np.int64]
+
+
+class StoredTokens(NamedTuple):
+    """Cached tokens as they are stored, in one layout whatever the backend's.
+
+    Attributes:
+        k_codes: [num_tokens, num_kv_heads, head_dim] int8.
+        k_scales: [num_tokens, num_kv_heads] float16.
+        v_codes: Like k_codes.
+        v_scales: Like k_scales.
+    """
+
+    k_codes: NDArray[np.int8]
+    k_scales: NDArray[np.float16]
+    v_codes: NDArray[np.int8]
+    v_scales: NDArray[np.float16]
+
+
+class Backend(Protocol):
+    """Paged INT8 layers and the operations over them.
+
+    Calls come from one thread at a time. Sessions past their lengths may hold anything; a backend reads no slot that
+    neither this batch nor an earlier one stored.
+    """
+
+    name: str
+    """What `--backend` calls it."""
+
+    description: str
+    """Device, instruction set and threads, for logs and ServerInfo."""
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise UnsupportedError when this backend cannot serve `spec`; called before anything is allocated."""
+
+    def free_bytes(self) -> int:
+        """Return the bytes that are free for pools on this backend's device."""
+
+    def alloc_paged_int8_layer(self, spec: ModelSpec, num_blocks: int) -> PagedInt8Layer:
+        """Allocate one layer of `num_blocks` blocks.
+
+        Raises:
+            UnsupportedError: The device cannot hold it; the text has the numbers.
+        """
+
+    def prepare(
+        self, spec: ModelSpec, num_blocks: int, layers: Sequence[PagedInt8Layer]
+    ) -> PagedInt8Cache:
+        """Bind allocated layers into the cache that the operations take."""
+
+    def int8_kv_append_paged(
+        self, cache: PagedInt8Cache, batch: RaggedBatch, k: HostArray, v: HostArray
+    ) -> NDArray[np.int64]:
+        """Quantise k and v per (token, kv head) and store them at `batch.slot_mapping`.
+
+        Args:
+            cache: The model's cache.
+            batch: The launch.
+            k: [total_tokens, num_kv_heads, head_dim] float16, bfloat16 or float32.
+            v: Like k.
+
+        Returns:
+            [num_entries] int64 packed `Offence` of each entry, or NO_OFFENCE. Slots of an offending entry may hold
+            anything afterwards. Rows whose slot is -1 are neither read nor checked.
+        """
+
+    def int8_paged_decode_attention(
+        self, cache: PagedInt8Cache, batch: RaggedBatch, q: HostArray, *, return_lse: bool
+    ) -> DecodeOutput:
+        """Attend over the cached tokens, dequantising on the fly.
+
+        Args:
+            cache: The model's cache.
+            batch: The launch; `kv_lens` counts what `int8_kv_append_paged` stored before.
+            q: [total_tokens, num_q_heads, head_dim] float16, bfloat16 or float32.
+            return_lse: Whether to return the log-sum-exp.
+        """
+
+    def copy_blocks(self, cache: PagedInt8Cache, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy block `source` to block `target` in every layer, for each (source, target)."""
+
+    def read_tokens(
+        self, cache: PagedInt8Cache, layer: int, slots: NDArray[np.int64]
+    ) -> StoredTokens:
+        """Return copies of the codes and scales stored at `slots` of a layer, in the order given.
+
+        Args:
+            cache: The model's cache.
+            layer: 0-based layer.
+            slots: [num_tokens] int64 `block_id * block_size + offset`, each stored before.
+        """
+
+
+def alloc_paged_int8_cache(backend: Backend, spec: ModelSpec, num_blocks: int) -> PagedInt8Cache:
+    """Allocate every layer of a model and bind them."""
+    layers = [backend.alloc_paged_int8_layer(spec, num_blocks) for _ in range(spec.num_layers)]
+    return backend.prepare(spec, num_blocks, layers)

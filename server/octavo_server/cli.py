@@ -1,0 +1,135 @@
+"""The command `octavo-server`: serve, build the kernels ahead, print an example configuration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from octavo_server.backends.base import UnsupportedError
+from octavo_server.config import ConfigError, ModelKeys, ServerConfig, load_config
+from octavo_server.config_schema import Key, keys_of
+from octavo_server.logs import setup_logs
+from octavo_server.version import software_version
+
+EXAMPLE_CONFIG = "octavo.example.yaml"
+EXIT_UNSUPPORTED = 1
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        0 on success, 1 when this machine cannot do what was asked, 2 for mistakes in the arguments or
+        the configuration.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except ConfigError as error:
+        num_mistakes = len(error.mistakes)
+        count = "one mistake" if num_mistakes == 1 else f"{num_mistakes} mistakes"
+        print(f"octavo-server: {count} in the configuration:\n{error}", file=sys.stderr)
+        return EXIT_USAGE
+    except UnsupportedError as error:
+        print(f"octavo-server: {error}", file=sys.stderr)
+        return EXIT_UNSUPPORTED
+    return code
+
+
+def example_config() -> str:
+    """Return the commented example configuration that is shipped with the package."""
+    return files("octavo_server").joinpath(EXAMPLE_CONFIG).read_text(encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="octavo-server",
+        description="INT8 paged KV-cached decoding as a service.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"octavo {software_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    build = commands.add_parser("build", help="compile the kernels now rather than on first use")
+    build.add_argument("--verbose", action="store_true", help="show the compiler's output")
+    build.set_defaults(run=_build)
+    example = commands.add_parser("example-config", help="print a commented configuration")
+    example.set_defaults(run=_print_example)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve until SIGTERM or SIGINT",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_model_help(),
+    )
+    serve.set_defaults(run=_serve)
+    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file; flags override it")
+    serve.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="a model to serve, keys below; repeat it for more. The models of the file are then ignored",
+    )
+    for key in keys_of(ServerConfig):
+        serve.add_argument(
+            key.flag, dest=key.name, metavar="VALUE", help=_key_help(key).replace("%", "%%")
+        )
+
+
+def _key_help(key: Key) -> str:
+    fallback = "" if key.default is None else f"; default {key.kind.show(key.default)}"
+    if key.is_required:
+        fallback = "; required"
+    return f"{key.help} Accepts {key.kind.expected}{fallback}."
+
+
+def _model_help() -> str:
+    lines = [
+        "keys of a model, in the file or as --model name=tiny,num_layers=4,window=[0,128,0,128]:"
+    ]
+    for key in keys_of(ModelKeys):
+        lines += textwrap.wrap(
+            f"{key.name:<14} {_key_help(key)}",
+            width=100,
+            initial_indent="  ",
+            subsequent_indent=" " * 17,
+        )
+    return "\n".join(lines)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    given = {key.name: getattr(args, key.name) for key in keys_of(ServerConfig)}
+    flags = {name: text for name, text in given.items() if text is not None}
+    config = load_config(args.config, flags, args.models)
+    setup_logs(config.log_level)
+    # Imported late: it brings torch and gRPC, and mistakes in the configuration are told without them.
+    from octavo_server.server import run  # noqa: PLC0415
+
+    return run(config)
+
+
+def _build(args: argparse.Namespace) -> int:
+    setup_logs("info")
+    from octavo_server.kernel_build import build_cpu_kernels  # noqa: PLC0415
+
+    print(build_cpu_kernels(verbose=args.verbose))
+    return 0
+
+
+def _print_example(_args: argparse.Namespace) -> int:
+    print(example_config(), end="")
+    return 0

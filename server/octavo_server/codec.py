@@ -1,0 +1,153 @@
+"""Between messages and the engine's values: parses bytes, views tensors without copying, encodes answers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
+
+from octavo import v1
+from octavo_server.backends.base import HostArray
+from octavo_server.engine import ModelPool, SessionState
+from octavo_server.errors import Reason, mismatch
+from octavo_server.status import to_status
+from octavo_server.step import StepAnswer, StepRequest
+
+DTYPES: dict[v1.DataType, np.dtype[Any]] = {
+    v1.DATA_TYPE_FLOAT16: np.dtype(np.float16),
+    v1.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    v1.DATA_TYPE_FLOAT32: np.dtype(np.float32),
+}
+_WIRE_DTYPES = {dtype: wire for wire, dtype in DTYPES.items()}
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+def parse(message_type: type[AnyMessage], data: bytes) -> AnyMessage:
+    """Parse a message.
+
+    Raises:
+        OctavoError: MALFORMED_MESSAGE.
+    """
+    try:
+        return message_type.FromString(data)
+    except DecodeError:
+        name = message_type.DESCRIPTOR.name
+        expected, actual = f"an octavo.v1.{name}", f"{len(data)} bytes that are none"
+        raise mismatch(Reason.MALFORMED_MESSAGE, "message", expected, actual) from None
+
+
+def read_tensor(field: str, tensor: v1.Tensor) -> HostArray:
+    """Return a read-only view of a tensor's bytes.
+
+    Raises:
+        OctavoError: BAD_TENSOR.
+    """
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        expected = "one of " + ", ".join(v1.DataType.Name(known) for known in DTYPES)
+        raise mismatch(Reason.BAD_TENSOR, f"{field}.dtype", expected, tensor.dtype)
+    shape = tuple(tensor.shape)
+    expected_bytes = math.prod(shape) * dtype.itemsize
+    if len(tensor.data) != expected_bytes or not shape:
+        expected = f"{expected_bytes} bytes for {dtype} of shape {list(shape)}"
+        raise mismatch(Reason.BAD_TENSOR, f"{field}.data", expected, f"{len(tensor.data)} bytes")
+    return np.frombuffer(tensor.data, dtype).reshape(shape)
+
+
+def write_tensor(array: NDArray[Any]) -> v1.Tensor:
+    """Return an array as a message."""
+    return v1.Tensor(data=array.tobytes(), dtype=_WIRE_DTYPES[array.dtype], shape=array.shape)
+
+
+def read_step(step: v1.Step) -> StepRequest:
+    """Return the request that a Step asks for.
+
+    Raises:
+        OctavoError: BAD_TENSOR, or SHAPE_MISMATCH when q is missing.
+    """
+    if not step.HasField("q") and step.session_handles:
+        raise mismatch(
+            Reason.SHAPE_MISMATCH, "q", "[total_tokens, num_q_heads, head_dim]", "nothing"
+        )
+    tensors = {
+        name: read_tensor(name, getattr(step, name)) for name in "qkv" if step.HasField(name)
+    }
+    return StepRequest(
+        handles=step.session_handles,
+        layers=step.layers,
+        start_pos=step.start_pos,
+        num_tokens=step.num_tokens,
+        step_key=step.step_key,
+        timeout_ms=step.timeout_ms,
+        return_lse=step.return_lse,
+        is_causal=step.causal if step.HasField("causal") else True,
+        **tensors,
+    )
+
+
+def read_append(message: v1.AppendRequest) -> StepRequest:
+    """Return the one-entry request without q that a message of an Append call asks for.
+
+    Raises:
+        OctavoError: BAD_TENSOR.
+    """
+    return StepRequest(
+        handles=[message.session_handle],
+        layers=[message.layer],
+        start_pos=[message.start_pos],
+        num_tokens=[message.num_tokens],
+        step_key=message.step_key,
+        k=read_tensor("k", message.k),
+        v=read_tensor("v", message.v),
+    )
+
+
+def write_answer(step_id: int, answer: StepAnswer) -> v1.StepResult:
+    """Return the result of a step."""
+    result = v1.StepResult(step_id=step_id)
+    if answer.error is not None:
+        result.error.CopyFrom(to_status(answer.error))
+    if answer.out is not None:
+        result.out.CopyFrom(write_tensor(answer.out))
+    if answer.lse is not None:
+        result.lse.CopyFrom(write_tensor(answer.lse))
+    for entry_idx, error in sorted(answer.entry_errors.items()):
+        result.entry_errors.add(entry_idx=entry_idx, error=to_status(error))
+    return result
+
+
+def write_session(state: SessionState) -> v1.Session:
+    """Return a session as a message."""
+    return v1.Session(
+        session_id=state.session_id,
+        session_handle=state.handle,
+        model=state.model,
+        lengths=state.lengths,
+        num_blocks=state.num_blocks,
+    )
+
+
+def write_model(pool: ModelPool) -> v1.Model:
+    """Return a served model as a message."""
+    spec = pool.spec
+    return v1.Model(
+        name=spec.name,
+        num_layers=spec.num_layers,
+        num_q_heads=spec.num_q_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=spec.block_size,
+        max_context=spec.max_context,
+        num_blocks=pool.blocks.num_blocks,
+        num_free_blocks=pool.blocks.num_free,
+        sm_scale=spec.sm_scale,
+        window=spec.window,
+        soft_cap=spec.soft_cap,
+        sinks=[] if spec.sinks is None else spec.sinks.ravel().tolist(),
+        deterministic=spec.deterministic,
+    )

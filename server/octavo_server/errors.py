@@ -1,0 +1,130 @@
+"""Every reason that the service refuses for, with its canonical gRPC code and metadata: one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+RETRY_DELAY_MS = 100
+"""What a refusal that waiting cures asks the client to wait."""
+
+
+class Reason(StrEnum):
+    """Stable names of refusals: the `reason` of google.rpc.ErrorInfo."""
+
+    SESSION_NOT_FOUND = "SESSION_NOT_FOUND"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    LAYER_NOT_FOUND = "LAYER_NOT_FOUND"
+    POSITION_MISMATCH = "POSITION_MISMATCH"
+    CONTEXT_TOO_LONG = "CONTEXT_TOO_LONG"
+    OUT_OF_BLOCKS = "OUT_OF_BLOCKS"
+    SESSION_LIMIT = "SESSION_LIMIT"
+    STREAM_LIMIT = "STREAM_LIMIT"
+    QUEUE_FULL = "QUEUE_FULL"
+    MALFORMED_MESSAGE = "MALFORMED_MESSAGE"
+    BAD_TENSOR = "BAD_TENSOR"
+    SHAPE_MISMATCH = "SHAPE_MISMATCH"
+    DTYPE_MISMATCH = "DTYPE_MISMATCH"
+    EMPTY_STEP = "EMPTY_STEP"
+    DUPLICATE_ENTRY = "DUPLICATE_ENTRY"
+    NON_FINITE = "NON_FINITE"
+    SCALE_OVERFLOW = "SCALE_OVERFLOW"
+    STEP_EXPIRED = "STEP_EXPIRED"
+    DRAINING = "DRAINING"
+    DEVICE_FAILURE = "DEVICE_FAILURE"
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonSpec:
+    """A row of the table.
+
+    Attributes:
+        code: Canonical gRPC code, by name.
+        metadata: Keys that every refusal of this reason carries.
+        is_retryable: Whether waiting helps, so that RetryInfo goes along.
+    """
+
+    code: str
+    metadata: tuple[str, ...] = ()
+    is_retryable: bool = False
+
+
+_MISMATCH = ReasonSpec("INVALID_ARGUMENT", ("field", "expected", "actual"))
+_OFFENCE = ReasonSpec("INVALID_ARGUMENT", ("field", "token", "head"))
+_LIMIT = ReasonSpec("RESOURCE_EXHAUSTED", ("limit",), is_retryable=True)
+
+REASONS: dict[Reason, ReasonSpec] = {
+    Reason.SESSION_NOT_FOUND: ReasonSpec("NOT_FOUND", ("session_id",)),
+    Reason.MODEL_NOT_FOUND: ReasonSpec("NOT_FOUND", ("model",)),
+    Reason.LAYER_NOT_FOUND: ReasonSpec("INVALID_ARGUMENT", ("layer", "num_layers")),
+    Reason.POSITION_MISMATCH: ReasonSpec("FAILED_PRECONDITION", ("start_pos", "length", "layer")),
+    Reason.CONTEXT_TOO_LONG: ReasonSpec("OUT_OF_RANGE", ("max_context", "requested")),
+    Reason.OUT_OF_BLOCKS: ReasonSpec(
+        "RESOURCE_EXHAUSTED", ("required_blocks", "free_blocks"), is_retryable=True
+    ),
+    Reason.SESSION_LIMIT: _LIMIT,
+    Reason.STREAM_LIMIT: _LIMIT,
+    Reason.QUEUE_FULL: _LIMIT,
+    Reason.MALFORMED_MESSAGE: _MISMATCH,
+    Reason.BAD_TENSOR: _MISMATCH,
+    Reason.SHAPE_MISMATCH: _MISMATCH,
+    Reason.DTYPE_MISMATCH: _MISMATCH,
+    Reason.EMPTY_STEP: _MISMATCH,
+    Reason.DUPLICATE_ENTRY: _MISMATCH,
+    Reason.NON_FINITE: _OFFENCE,
+    Reason.SCALE_OVERFLOW: _OFFENCE,
+    Reason.STEP_EXPIRED: ReasonSpec("DEADLINE_EXCEEDED", ("timeout_ms",)),
+    Reason.DRAINING: ReasonSpec("UNAVAILABLE", is_retryable=True),
+    Reason.DEVICE_FAILURE: ReasonSpec("INTERNAL"),
+}
+
+
+class OctavoError(Exception):
+    """A refusal with its reason; the service turns it into a status, the engine only raises and carries it.
+
+    Args:
+        reason: Row of the table.
+        message: What was refused, what was expected, and what to do; every value also in metadata.
+        metadata: Exactly the keys of the reason's row.
+    """
+
+    def __init__(self, reason: Reason, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        expected = REASONS[reason].metadata
+        if set(metadata) != set(expected):
+            raise TypeError(f"{reason} carries {expected}, got {tuple(metadata)}")
+        self.reason = reason
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+
+def mismatch(reason: Reason, field: str, expected: object, actual: object) -> OctavoError:
+    """Return a refusal of a field that is not what it must be."""
+    message = f"{field} must be {expected}, got {actual}"
+    return OctavoError(reason, message, field=field, expected=expected, actual=actual)
+
+
+def session_not_found(session_id: str) -> OctavoError:
+    """Return the refusal of a session id or handle that names no open session."""
+    message = f"no open session {session_id!r}: it was closed or never opened; open a new one"
+    return OctavoError(Reason.SESSION_NOT_FOUND, message, session_id=session_id)
+
+
+def position_mismatch(layer: int, start_pos: int, length: int) -> OctavoError:
+    """Return the refusal of a position that is neither the length nor a replay."""
+    message = (
+        f"start_pos {start_pos} does not fit layer {layer}, which holds {length} tokens; "
+        "go on from its length, or truncate first"
+    )
+    return OctavoError(
+        Reason.POSITION_MISMATCH, message, start_pos=start_pos, length=length, layer=layer
+    )
+
+
+def limit_reached(reason: Reason, what: str, limit: int) -> OctavoError:
+    """Return the refusal of one more of something that is limited."""
+    return OctavoError(reason, f"the server takes at most {limit} {what}; retry later", limit=limit)
+
+
+def draining() -> OctavoError:
+    """Return the refusal of new work by a server that shuts down."""
+    return OctavoError(Reason.DRAINING, "the server is shutting down; retry on another one")

@@ -1,0 +1,243 @@
+"""The server process: pools, engine, calls, health and reflection put together; runs until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from octavo_server.backends.base import Backend, UnsupportedError, alloc_paged_int8_cache
+from octavo_server.backends.registry import create_backend
+from octavo_server.block_pool import BlockPool
+from octavo_server.config import ModelConfig, ServerConfig
+from octavo_server.engine import Engine, ModelPool
+from octavo_server.model import ModelSpec
+from octavo_server.service import SERVICE_NAME, Gate, Identity, Limits, OctavoService
+from octavo_server.session_store import SessionStore
+
+log = logging.getLogger(__name__)
+
+LIVE = "live"
+"""Health service that serves as long as the process runs."""
+
+READY_SERVICES = ("", "ready", SERVICE_NAME)
+"""Health services that serve while the server takes new work."""
+
+RESERVED_THREADS = 8
+"""Handler threads that no stream and no waiting call can hold: health, ServerInfo and other short calls."""
+
+STREAM_END_S = 5.0
+"""Grace for streams to end once they have been told."""
+
+GIB = 2**30
+
+
+class Server:
+    """One serving process.
+
+    Args:
+        config: What to serve.
+
+    Raises:
+        UnsupportedError: The backend, a model or its pool does not work here; the text says what does.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        incarnation = secrets.token_hex(4)
+        backend = create_backend(config.backend, config.num_threads)
+        pools = _alloc_pools(backend, config.models)
+        sessions = SessionStore(incarnation, config.max_sessions)
+        self._health = health.HealthServicer()
+        self._engine = Engine(backend, pools, sessions, on_failure=self._set_unready)
+        identity = Identity(
+            version("octavo"), incarnation, backend.name, backend.description, config.max_sessions
+        )
+        self._service = OctavoService(self._engine, identity, _limits(config))
+        self._grpc = _create_grpc_server(config, self._service, self._health)
+        self.port = 0
+
+    def start(self) -> int:
+        """Listen and serve.
+
+        Returns:
+            The port, which the config left open when it said 0.
+
+        Raises:
+            UnsupportedError: The address cannot be listened on.
+        """
+        address = _join_host_port(self._config.host, self._config.port)
+        try:
+            self.port = self._grpc.add_insecure_port(address)
+        except RuntimeError:
+            raise UnsupportedError(
+                f"cannot listen on {address}: choose another host or port, or stop what listens there"
+            ) from None
+        self._engine.start()
+        self._grpc.start()
+        for name in (LIVE, *READY_SERVICES):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return self.port
+
+    def stop(self) -> bool:
+        """Refuse new work, finish what was accepted, end the streams.
+
+        Returns:
+            Whether everything accepted was finished within the config's drain_timeout_s.
+        """
+        self._set_unready()
+        is_drained = self._engine.drain(self._config.drain_timeout_s)
+        self._service.end_streams()
+        self._grpc.stop(STREAM_END_S).wait()
+        self._engine.stop()
+        return is_drained
+
+    def _set_unready(self) -> None:
+        for name in READY_SERVICES:
+            self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+
+def run(config: ServerConfig) -> int:
+    """Serve until SIGTERM or SIGINT, then finish what is in flight.
+
+    Returns:
+        The process's exit code: 0, or 1 when accepted work was left unfinished.
+
+    Raises:
+        UnsupportedError: The config cannot be served on this machine.
+    """
+    stopping = threading.Event()
+
+    def request_stop(signal_number: int, _frame: FrameType | None) -> None:
+        log.info("%s: finishing what is in flight", signal.Signals(signal_number).name)
+        stopping.set()
+
+    server = Server(config)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, request_stop)
+    port = server.start()
+    # Scripts that start a server with --port 0 read this line.
+    print(f"listening on {_join_host_port(config.host, port)}", flush=True)
+    stopping.wait()
+    if server.stop():
+        log.info("stopped; everything accepted was finished")
+        return 0
+    log.error("stopped with work unfinished after %g s", config.drain_timeout_s)
+    return 1
+
+
+def _alloc_pools(backend: Backend, models: tuple[ModelConfig, ...]) -> dict[str, ModelPool]:
+    """Size every pool by what is free now, then allocate them."""
+    for model in models:
+        backend.check_model(model.spec)
+    free_bytes = backend.free_bytes()
+    sizes = [_num_blocks(model, free_bytes) for model in models]
+    _check_fit(models, sizes, free_bytes)
+    log.info("backend %s", backend.description)
+    pools = {}
+    for model, num_blocks in zip(models, sizes, strict=True):
+        _log_pool(model.spec, num_blocks)
+        cache = alloc_paged_int8_cache(backend, model.spec, num_blocks)
+        pools[model.spec.name] = ModelPool(cache, BlockPool(num_blocks))
+    return pools
+
+
+def _num_blocks(model: ModelConfig, free_bytes: int) -> int:
+    if model.num_blocks is not None:
+        return model.num_blocks
+    assert model.memory is not None, "the config gives one of num_blocks and memory"
+    num_bytes = model.memory.resolve(free_bytes)
+    num_blocks = num_bytes // model.spec.block_bytes
+    if num_blocks == 0:
+        raise UnsupportedError(
+            f"model {model.spec.name}: memory of {num_bytes} bytes holds no block of "
+            f"{model.spec.block_bytes} bytes; give it more"
+        )
+    return num_blocks
+
+
+def _check_fit(models: tuple[ModelConfig, ...], sizes: list[int], free_bytes: int) -> None:
+    required = sum(model.spec.block_bytes * size for model, size in zip(models, sizes, strict=True))
+    if required > free_bytes:
+        raise UnsupportedError(
+            f"the pools need {required / GIB:.2f} GiB and {free_bytes / GIB:.2f} GiB are free; "
+            "lower num_blocks or memory of the models"
+        )
+
+
+def _log_pool(spec: ModelSpec, num_blocks: int) -> None:
+    num_tokens = num_blocks * spec.block_size
+    log.info(
+        "model %s: %d blocks of %d tokens hold %d tokens in %.3f GiB; FP16 would take %.3f GiB",
+        spec.name,
+        num_blocks,
+        spec.block_size,
+        num_tokens,
+        num_tokens * spec.int8_token_bytes / GIB,
+        num_tokens * spec.fp16_token_bytes / GIB,
+    )
+
+
+def _limits(config: ServerConfig) -> Limits:
+    return Limits(
+        max_streams=config.max_streams,
+        max_unary_calls=config.max_unary_calls,
+        max_steps_in_flight=config.max_steps_in_flight,
+        max_message_bytes=config.max_message_bytes,
+    )
+
+
+def _create_grpc_server(
+    config: ServerConfig, service: OctavoService, health_servicer: health.HealthServicer
+) -> grpc.Server:
+    num_threads = config.max_streams + config.max_unary_calls + RESERVED_THREADS
+    server = grpc.server(
+        ThreadPoolExecutor(num_threads, thread_name_prefix="octavo-call"),
+        options=[
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+            # Clients may ping every 10 s, also without calls, and keep one stream for days.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_ping_strikes", 0),
+        ],
+    )
+    server.add_generic_rpc_handlers((service.handler(),))
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    server.add_generic_rpc_handlers((_reflection_handler(names, service.streams),))
+    return server
+
+
+def _reflection_handler(names: tuple[str, ...], gate: Gate) -> grpc.GenericRpcHandler[Any, Any]:
+    """Return reflection whose streams count among the limited ones, for each holds a handler thread."""
+    # The stubs say that it returns None; it is a generator.
+    answer: Any = reflection.ReflectionServicer(names).ServerReflectionInfo
+
+    def stream(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        with gate.open(context):
+            yield from answer(requests, context)
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        stream,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(
+        reflection.SERVICE_NAME, {"ServerReflectionInfo": handler}
+    )
+
+
+def _join_host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

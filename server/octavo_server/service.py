@@ -1,0 +1,252 @@
+"""The calls of octavo.v1.OctavoService: decode a message, ask the engine, encode the answer; no logic.
+
+Handlers take raw bytes and parse them here, so that garbage is refused with a reason too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from octavo import v1
+from octavo_server import codec, status
+from octavo_server.engine import Engine
+from octavo_server.errors import OctavoError, Reason, limit_reached, mismatch
+from octavo_server.step import StepAnswer, StepRequest
+from octavo_server.step_stream import StepStream
+
+SERVICE_NAME = v1.DESCRIPTOR.services_by_name["OctavoService"].full_name
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+MAX_REQUEST_ID_LEN = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one server takes at once.
+
+    Attributes:
+        max_streams: Decode, Append and reflection streams.
+        max_unary_calls: Unary calls that wait for the engine.
+        max_steps_in_flight: Unanswered steps of one Decode stream.
+        max_message_bytes: Bytes of one message received.
+    """
+
+    max_streams: int
+    max_unary_calls: int
+    max_steps_in_flight: int
+    max_message_bytes: int
+
+
+class Gate:
+    """Counts what is open of something limited, and refuses the next.
+
+    Args:
+        reason: Why the next is refused.
+        what: What is counted, in the plural.
+        limit: Most that may be open at once.
+    """
+
+    def __init__(self, reason: Reason, what: str, limit: int) -> None:
+        self._refusal = limit_reached(reason, what, limit)
+        self._slots = threading.Semaphore(limit)
+
+    @contextmanager
+    def open(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Hold a place while a call runs; end the call when none is left."""
+        if not self._slots.acquire(blocking=False):
+            status.abort(context, self._refusal)
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a server says of itself."""
+
+    version: str
+    incarnation: str
+    backend: str
+    backend_description: str
+    max_sessions: int
+
+
+class OctavoService:
+    """Handlers of every call.
+
+    Args:
+        engine: Does the work.
+        identity: For ServerInfo.
+        limits: Of streams, steps and messages.
+    """
+
+    def __init__(self, engine: Engine, identity: Identity, limits: Limits) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._limits = limits
+        self._waiting_calls = Gate(Reason.QUEUE_FULL, "waiting unary calls", limits.max_unary_calls)
+        self.streams = Gate(Reason.STREAM_LIMIT, "streams", limits.max_streams)
+        self._step_streams: set[StepStream] = set()
+
+    def end_streams(self) -> None:
+        """End every Decode stream with DRAINING; call it once the engine has drained."""
+        for stream in list(self._step_streams):
+            stream.end_drained()
+
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+        """Return the calls as a handler for grpc.Server."""
+        unary: dict[str, Callable[[Any, grpc.ServicerContext], Message]] = {
+            "ServerInfo": self._server_info,
+            "OpenSession": self._open_session,
+            "GetSession": self._get_session,
+            "ListSessions": self._list_sessions,
+            "TruncateSession": self._truncate_session,
+            "CloseSession": self._close_session,
+            "DecodeOnce": self._decode_once,
+        }
+        handlers = {name: _unary_handler(name, call) for name, call in unary.items()}
+        handlers["Append"] = grpc.stream_unary_rpc_method_handler(self._append)
+        handlers["Decode"] = grpc.stream_stream_rpc_method_handler(self._decode)
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    def _server_info(
+        self, _request: v1.ServerInfoRequest, _context: grpc.ServicerContext
+    ) -> v1.ServerInfoResponse:
+        return v1.ServerInfoResponse(
+            version=self._identity.version,
+            incarnation=self._identity.incarnation,
+            backend=self._identity.backend,
+            backend_description=self._identity.backend_description,
+            models=[codec.write_model(pool) for pool in self._engine.pools.values()],
+            max_message_bytes=self._limits.max_message_bytes,
+            max_steps_in_flight=self._limits.max_steps_in_flight,
+            num_sessions=self._engine.num_sessions,
+            max_sessions=self._identity.max_sessions,
+        )
+
+    def _open_session(
+        self, request: v1.OpenSessionRequest, _context: grpc.ServicerContext
+    ) -> v1.OpenSessionResponse:
+        if len(request.request_id) > MAX_REQUEST_ID_LEN:
+            expected = f"at most {MAX_REQUEST_ID_LEN} characters"
+            actual = f"{len(request.request_id)} characters"
+            raise mismatch(Reason.MALFORMED_MESSAGE, "request_id", expected, actual)
+        state = self._engine.open_session(request.model, request.request_id)
+        return v1.OpenSessionResponse(session=codec.write_session(state))
+
+    def _get_session(
+        self, request: v1.GetSessionRequest, _context: grpc.ServicerContext
+    ) -> v1.GetSessionResponse:
+        state = self._engine.get_session(request.session_id)
+        return v1.GetSessionResponse(session=codec.write_session(state))
+
+    def _list_sessions(
+        self, request: v1.ListSessionsRequest, _context: grpc.ServicerContext
+    ) -> v1.ListSessionsResponse:
+        token = request.page_token or "0"
+        if not token.isascii() or not token.isdecimal():
+            expected = "a next_page_token of ListSessions"
+            raise mismatch(Reason.MALFORMED_MESSAGE, "page_token", expected, repr(token))
+        size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+        states, next_idx = self._engine.list_sessions(int(token), size)
+        return v1.ListSessionsResponse(
+            sessions=map(codec.write_session, states),
+            next_page_token=str(next_idx) if next_idx else "",
+        )
+
+    def _truncate_session(
+        self, request: v1.TruncateSessionRequest, context: grpc.ServicerContext
+    ) -> v1.TruncateSessionResponse:
+        with self._waiting_calls.open(context):
+            state = self._engine.truncate_session(
+                request.session_id, request.length, request.expected_lengths
+            ).result()
+        return v1.TruncateSessionResponse(session=codec.write_session(state))
+
+    def _close_session(
+        self, request: v1.CloseSessionRequest, context: grpc.ServicerContext
+    ) -> v1.CloseSessionResponse:
+        with self._waiting_calls.open(context):
+            num_freed = self._engine.close_session(request.session_id).result()
+        return v1.CloseSessionResponse(num_freed_blocks=num_freed)
+
+    def _decode_once(
+        self, request: v1.DecodeOnceRequest, context: grpc.ServicerContext
+    ) -> v1.DecodeOnceResponse:
+        with self._waiting_calls.open(context):
+            answer = self._run_step(codec.read_step(request.step), context)
+        return v1.DecodeOnceResponse(result=codec.write_answer(request.step.step_id, answer))
+
+    def _append(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        response = v1.AppendResponse()
+        with self.streams.open(context), _refusing(context):
+            for data in requests:
+                message = codec.parse(v1.AppendRequest, data)
+                answer = self._run_step(codec.read_append(message), context)
+                for error in answer.entry_errors.values():
+                    raise error
+                response.num_messages += 1
+            if response.num_messages:
+                state = self._engine.get_session_by_handle(message.session_handle)
+                response.session.CopyFrom(codec.write_session(state))
+        return response.SerializeToString()
+
+    def _decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        stream = StepStream(self._engine, requests, context, self._limits.max_steps_in_flight)
+        with self.streams.open(context):
+            self._step_streams.add(stream)
+            try:
+                yield from stream.run()
+            finally:
+                self._step_streams.discard(stream)
+
+    def _run_step(self, request: StepRequest, context: grpc.ServicerContext) -> StepAnswer:
+        """Run a step and wait for its answer; raises its error, or CancelledError when the client has gone."""
+        future: Future[StepAnswer] = Future()
+        context.add_callback(lambda: _cancel(future))
+        self._engine.submit(request, lambda answer: _resolve(future, answer), future.cancelled)
+        answer = future.result()
+        if answer.error is not None:
+            raise answer.error
+        return answer
+
+
+def _resolve(future: Future[StepAnswer], answer: StepAnswer) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(answer)
+
+
+def _cancel(future: Future[StepAnswer]) -> None:
+    future.cancel()
+
+
+@contextmanager
+def _refusing(context: grpc.ServicerContext) -> Iterator[None]:
+    """End the call with the status of a refusal raised inside."""
+    try:
+        yield
+    except OctavoError as error:
+        status.abort(context, error)
+    except CancelledError:
+        context.abort(grpc.StatusCode.CANCELLED, "the client cancelled the call")
+
+
+def _unary_handler(
+    name: str, call: Callable[[Any, grpc.ServicerContext], Message]
+) -> grpc.RpcMethodHandler[bytes, bytes]:
+    request_type = getattr(v1, f"{name}Request")
+
+    def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
+        with _refusing(context):
+            return call(codec.parse(request_type, data), context).SerializeToString()
+
+    return grpc.unary_unary_rpc_method_handler(handle)

@@ -1,0 +1,203 @@
+"""A session: one sequence's lengths per layer, its block table, and the rules that make a retry safe."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from octavo_server import errors
+from octavo_server.block_pool import BlockPool
+from octavo_server.errors import OctavoError, Reason
+from octavo_server.model import ModelSpec
+
+
+class AppendRecord(NamedTuple):
+    """What a layer remembers of its last append; a step that repeats all of it is a replay."""
+
+    start_pos: int
+    num_tokens: int
+    step_key: int
+
+
+class Admission(NamedTuple):
+    """What an admitted entry may do.
+
+    Attributes:
+        kv_len: Tokens of the layer that its queries see, what it appends included.
+        is_append: Whether its rows are to be stored; the entry must then be confirmed or refused.
+        copies: (source, target) block ids to copy in every layer before anything is stored.
+    """
+
+    kv_len: int
+    is_append: bool = False
+    copies: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """The cached tokens of one sequence.
+
+    One block table serves all layers. Blocks are reserved when an append is admitted; a layer's length moves when the
+    append is confirmed. Nothing here knows about tensors, threads or time.
+
+    Attributes:
+        session_id: Name for people.
+        handle: Name on the wire's data calls, never 0.
+        spec: The model.
+        pool: The model's block pool.
+        lengths: [num_layers] confirmed tokens.
+        block_table: Logical to physical block ids.
+        is_closed: Whether the session was closed; its blocks are gone then.
+    """
+
+    session_id: str
+    handle: int
+    spec: ModelSpec
+    pool: BlockPool
+    lengths: list[int] = field(init=False)
+    block_table: array[int] = field(default_factory=lambda: array("i"))
+    is_closed: bool = False
+    _last_appends: list[AppendRecord | None] = field(init=False)
+    _pending: dict[int, AppendRecord] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lengths = [0] * self.spec.num_layers
+        self._last_appends = [None] * self.spec.num_layers
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that this session can ever hold."""
+        return min(self.spec.max_context, self.pool.num_blocks * self.spec.block_size)
+
+    def admit_append(self, layer: int, record: AppendRecord) -> Admission:
+        """Admit an entry with K and V: an append, for which blocks are reserved, or a replay.
+
+        Raises:
+            OctavoError: SESSION_NOT_FOUND, LAYER_NOT_FOUND, POSITION_MISMATCH, CONTEXT_TOO_LONG or OUT_OF_BLOCKS;
+                nothing changed.
+        """
+        length = self._checked_length(layer)
+        if record.start_pos != length:
+            if record.step_key == 0 or record != self._last_appends[layer]:
+                raise errors.position_mismatch(layer, record.start_pos, length)
+            return Admission(kv_len=length)
+        end = record.start_pos + record.num_tokens
+        if end > self.max_tokens:
+            raise _context_too_long(self.max_tokens, end)
+        copies = self._reserve(record.start_pos, end)
+        self._pending[layer] = record
+        return Admission(end, is_append=True, copies=copies)
+
+    def admit_attend(
+        self, layer: int, start_pos: int, num_tokens: int, *, is_causal: bool
+    ) -> Admission:
+        """Admit an entry without K and V, which only reads.
+
+        Raises:
+            OctavoError: SESSION_NOT_FOUND, LAYER_NOT_FOUND, SHAPE_MISMATCH (not causal on a layer with a window) or
+                POSITION_MISMATCH (an empty cache, or a causal entry that ends past it).
+        """
+        length = self._checked_length(layer)
+        if not is_causal and self.spec.window[layer]:
+            expected = f"true on layer {layer}, which has a window"
+            raise errors.mismatch(Reason.SHAPE_MISMATCH, "causal", expected, "false")
+        end = start_pos + num_tokens if is_causal else length
+        if length == 0 or end > length:
+            raise errors.position_mismatch(layer, start_pos, length)
+        return Admission(end)
+
+    def confirm(self, layer: int) -> None:
+        """Make the admitted append of a layer visible."""
+        record = self._pending.pop(layer)
+        self.lengths[layer] = record.start_pos + record.num_tokens
+        self._last_appends[layer] = record
+
+    def refuse(self, layer: int) -> None:
+        """Undo the admitted append of a layer: its length stays, blocks reserved for it alone are freed."""
+        del self._pending[layer]
+        self._trim()
+
+    def truncate(self, length: int, expected_lengths: Sequence[int] = ()) -> None:
+        """Set every layer to min(its length, `length`), free what is left behind, forget the last appends.
+
+        Raises:
+            OctavoError: POSITION_MISMATCH when `expected_lengths` is given and a layer's length differs;
+                SHAPE_MISMATCH when it is not one value a layer; nothing changed.
+        """
+        self._check_lengths(expected_lengths)
+        self.lengths = [min(old, length) for old in self.lengths]
+        self._last_appends = [None] * self.spec.num_layers
+        self._trim()
+
+    def close(self) -> int:
+        """Give all blocks back; the session takes no further entry.
+
+        Returns:
+            Blocks that became free.
+        """
+        num_freed = self.pool.free(self.block_table)
+        self.block_table = array("i")
+        self.is_closed = True
+        return num_freed
+
+    def _checked_length(self, layer: int) -> int:
+        if self.is_closed:
+            raise errors.session_not_found(self.session_id)
+        if layer >= self.spec.num_layers:
+            message = f"layer must be below {self.spec.num_layers}, got {layer}"
+            raise OctavoError(
+                Reason.LAYER_NOT_FOUND, message, layer=layer, num_layers=self.spec.num_layers
+            )
+        return self.lengths[layer]
+
+    def _check_lengths(self, expected: Sequence[int]) -> None:
+        if not expected:
+            return
+        if len(expected) != len(self.lengths):
+            raise errors.mismatch(
+                Reason.SHAPE_MISMATCH, "expected_lengths", [len(self.lengths)], [len(expected)]
+            )
+        for layer, (length, believed) in enumerate(zip(self.lengths, expected, strict=True)):
+            if length != believed:
+                raise errors.position_mismatch(layer, believed, length)
+
+    def _reserve(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Make [start, end) writable, all or nothing; return the blocks to copy because another session reads them."""
+        first, last = start // self.spec.block_size, self._num_blocks_for(end)
+        shared = [
+            idx
+            for idx in range(first, min(last, len(self.block_table)))
+            if self.pool.is_shared(self.block_table[idx])
+        ]
+        num_new = max(0, last - len(self.block_table))
+        block_ids = self.pool.allocate(len(shared) + num_new)
+        copies = []
+        for idx in shared:
+            source, target = self.block_table[idx], block_ids.pop()
+            self.pool.free([source])
+            self.block_table[idx] = target
+            copies.append((source, target))
+        self.block_table.extend(block_ids)
+        return tuple(copies)
+
+    def _trim(self) -> None:
+        """Free the blocks past everything that is stored or admitted."""
+        ends = [record.start_pos + record.num_tokens for record in self._pending.values()]
+        num_needed = self._num_blocks_for(max(*self.lengths, 0, *ends))
+        self.pool.free(reversed(self.block_table[num_needed:]))
+        del self.block_table[num_needed:]
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.spec.block_size)
+
+
+def _context_too_long(max_tokens: int, requested: int) -> OctavoError:
+    message = (
+        f"a session of this model holds at most {max_tokens} tokens, got {requested}; "
+        "truncate it, or raise max_context and the pool's size in the server's config"
+    )
+    return OctavoError(
+        Reason.CONTEXT_TOO_LONG, message, max_context=max_tokens, requested=requested
+    )

@@ -1,0 +1,123 @@
+"""A step as the engine takes and answers it, and the checks that need no turn: those against the model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo_server.backends.base import HostArray
+from octavo_server.errors import OctavoError, Reason, mismatch
+from octavo_server.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRequest:
+    """A ragged batch of entries; entry e is (handles[e], layers[e], start_pos[e], num_tokens[e]).
+
+    Attributes:
+        handles: [num_entries] session handles.
+        layers: [num_entries] layers.
+        start_pos: [num_entries] positions of the entries' first tokens.
+        num_tokens: [num_entries] tokens of the entries.
+        step_key: Same on a retry; 0 = never a replay.
+        q: [total_tokens, num_q_heads, head_dim], or None to append only.
+        k: [total_tokens, num_kv_heads, head_dim], or None to attend only.
+        v: Like k.
+        timeout_ms: Longest wait in the queue; 0 = for ever.
+        return_lse: Whether the answer carries the log-sum-exp.
+        is_causal: Whether token i attends to [0, start_pos + i], else to the whole cache.
+    """
+
+    handles: Sequence[int]
+    layers: Sequence[int]
+    start_pos: Sequence[int]
+    num_tokens: Sequence[int]
+    step_key: int = 0
+    q: HostArray | None = None
+    k: HostArray | None = None
+    v: HostArray | None = None
+    timeout_ms: int = 0
+    return_lse: bool = False
+    is_causal: bool = True
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the step."""
+        return len(self.handles)
+
+    @property
+    def tensors(self) -> dict[str, HostArray]:
+        """The tensors that are there, by name."""
+        named = {"q": self.q, "k": self.k, "v": self.v}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(slots=True, eq=False)
+class StepAnswer:
+    """What became of a step.
+
+    Attributes:
+        out: [total_tokens, num_q_heads, head_dim] in q's dtype, zeros for refused entries; None without q or on error.
+        lse: [total_tokens, num_q_heads] float32 when asked for.
+        entry_errors: Why an entry was refused, by entry index.
+        error: Why the whole step was refused.
+    """
+
+    out: HostArray | None = None
+    lse: NDArray[np.float32] | None = None
+    entry_errors: dict[int, OctavoError] = field(default_factory=dict)
+    error: OctavoError | None = None
+
+
+def check_entries(request: StepRequest) -> None:
+    """Check the entry arrays against each other.
+
+    Raises:
+        OctavoError: EMPTY_STEP, SHAPE_MISMATCH or DUPLICATE_ENTRY.
+    """
+    if request.num_entries == 0:
+        raise mismatch(Reason.EMPTY_STEP, "session_handles", "at least one entry", "none")
+    for name in ("layers", "start_pos", "num_tokens"):
+        length = len(getattr(request, name))
+        if length != request.num_entries:
+            expected = f"{request.num_entries} values, one a session handle"
+            raise mismatch(Reason.SHAPE_MISMATCH, name, expected, f"{length} values")
+    if 0 in request.num_tokens:
+        raise mismatch(Reason.SHAPE_MISMATCH, "num_tokens", "at least 1 in every entry", 0)
+    _check_distinct(request)
+
+
+def check_tensors(request: StepRequest, spec: ModelSpec) -> None:
+    """Check q, k and v against the entries and the model.
+
+    Raises:
+        OctavoError: SHAPE_MISMATCH or DTYPE_MISMATCH.
+    """
+    if (request.k is None) != (request.v is None):
+        missing, given = ("k", "v") if request.k is None else ("v", "k")
+        raise mismatch(Reason.SHAPE_MISMATCH, missing, f"there because {given} is there", "nothing")
+    if not request.is_causal and request.k is not None:
+        raise mismatch(Reason.SHAPE_MISMATCH, "causal", "true in a step with k and v", "false")
+    total_tokens = sum(request.num_tokens)
+    num_heads = {"q": spec.num_q_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
+    dtypes = {tensor.dtype for tensor in request.tensors.values()}
+    for name, tensor in request.tensors.items():
+        expected = (total_tokens, num_heads[name], spec.head_dim)
+        if tensor.shape != expected:
+            raise mismatch(Reason.SHAPE_MISMATCH, name, list(expected), list(tensor.shape))
+    if len(dtypes) > 1:
+        actual = ", ".join(f"{name} {tensor.dtype}" for name, tensor in request.tensors.items())
+        raise mismatch(Reason.DTYPE_MISMATCH, "q, k, v", "of one dtype", actual)
+
+
+def _check_distinct(request: StepRequest) -> None:
+    seen: set[tuple[int, int]] = set()
+    for handle, layer in zip(request.handles, request.layers, strict=True):
+        if (handle, layer) in seen:
+            expected = "each (session, layer) at most once in a step"
+            actual = f"session handle {handle} layer {layer} twice"
+            raise mismatch(Reason.DUPLICATE_ENTRY, "entries", expected, actual)
+        seen.add((handle, layer))

@@ -1,0 +1,98 @@
+"""One Decode stream: reads steps while answers go out, several in flight, results in the order of completion."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from queue import SimpleQueue
+
+import grpc
+
+from octavo import v1
+from octavo_server import codec, errors, status
+from octavo_server.engine import Engine
+from octavo_server.errors import OctavoError
+from octavo_server.step import StepAnswer
+
+
+class StepStream:
+    """Feeds the engine from a stream's requests, in their order, and yields the results.
+
+    The handler's thread yields results; a thread of the stream's own reads requests, and stops reading while
+    `max_steps_in_flight` steps are unanswered or their results unsent, so a slow reader holds up only itself.
+
+    Args:
+        engine: Runs the steps.
+        requests: Messages of the stream, unparsed.
+        context: The call.
+        max_steps_in_flight: Steps accepted before a result goes out.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Iterator[bytes],
+        context: grpc.ServicerContext,
+        max_steps_in_flight: int,
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._context = context
+        self._slots = threading.Semaphore(max_steps_in_flight)
+        self._results: SimpleQueue[v1.StepResult | None] = SimpleQueue()
+        self._num_read = 0
+        self._has_read_all = False
+        self._is_cancelled = self._is_drained = False
+
+    def run(self) -> Iterator[bytes]:
+        """Yield results until the client has sent its last step and has every answer, or is gone."""
+        if not self._context.add_callback(self._cancel):
+            return
+        reader = threading.Thread(target=self._read, name="octavo-stream-reader", daemon=True)
+        reader.start()
+        num_sent = 0
+        while not (self._has_read_all and num_sent == self._num_read):
+            result = self._results.get()
+            if self._is_cancelled:
+                return
+            if result is not None:
+                num_sent += 1
+                self._slots.release()
+                yield v1.DecodeResponse(result=result).SerializeToString()
+            elif self._is_drained:
+                status.abort(self._context, errors.draining())
+
+    def end_drained(self) -> None:
+        """End the stream with DRAINING, once every step accepted has been answered."""
+        self._is_drained = True
+        self._results.put(None)
+
+    def _cancel(self) -> None:
+        self._is_cancelled = True
+        self._results.put(None)
+        self._slots.release()
+
+    def _read(self) -> None:
+        try:
+            for data in self._requests:
+                self._slots.acquire()
+                self._num_read += 1
+                self._submit(data)
+        except grpc.RpcError:
+            return  # The client is gone; `_cancel` has been told.
+        finally:
+            self._has_read_all = True
+            self._results.put(None)
+
+    def _submit(self, data: bytes) -> None:
+        step_id = 0
+        try:
+            step = codec.parse(v1.DecodeRequest, data).step
+            step_id = step.step_id
+            self._engine.submit(
+                codec.read_step(step),
+                lambda answer: self._results.put(codec.write_answer(step_id, answer)),
+                lambda: self._is_cancelled,
+            )
+        except OctavoError as error:
+            self._results.put(codec.write_answer(step_id, StepAnswer(error=error)))

@@ -1,0 +1,347 @@
+"""The engine on a backend without kernels: batching, isolation of refusals, order, deadlines, drain and failure."""
+
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+
+from octavo_server.backends.base import HostArray, alloc_paged_int8_cache
+from octavo_server.block_pool import BlockPool
+from octavo_server.engine import Engine, ModelPool
+from octavo_server.errors import OctavoError, Reason
+from octavo_server.session_store import SessionStore
+from octavo_server.step import StepAnswer, StepRequest
+from tests.unit.conftest import make_spec
+from tests.unit.fake_backend import FakeBackend
+
+WAIT_S = 10
+
+
+class Bench:
+    """An engine with a tiny model of 10 blocks, and short ways to talk to it."""
+
+    def __init__(self) -> None:
+        self.backend = FakeBackend()
+        self.failures: list[bool] = []
+        pools = {}
+        for spec in (make_spec(), make_spec(name="other", head_dim=16)):
+            cache = alloc_paged_int8_cache(self.backend, spec, 10)
+            pools[spec.name] = ModelPool(cache, BlockPool(10))
+        self.pool = pools["tiny"].blocks
+        self.sessions = SessionStore("feed", max_sessions=4)
+        self.engine = Engine(self.backend, pools, self.sessions, lambda: self.failures.append(True))
+        self.engine.start()
+
+    def open(self, model: str = "tiny") -> int:
+        return self.engine.open_session(model, "").handle
+
+    def id_of(self, handle: int) -> str:
+        session = self.sessions.by_handle(handle)
+        assert session is not None
+        return session.session_id
+
+    def submit(
+        self, request: StepRequest, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> SimpleQueue[StepAnswer]:
+        answers: SimpleQueue[StepAnswer] = SimpleQueue()
+        self.engine.submit(request, answers.put, is_cancelled)
+        return answers
+
+    def run(self, request: StepRequest) -> StepAnswer:
+        return self.submit(request).get(timeout=WAIT_S)
+
+    def hold(self) -> None:
+        """Hold the engine in a launch of its own, so that what follows queues up."""
+        self.backend.may_run.clear()
+        self.backend.is_running.clear()
+        handle = self.open("other")
+        self.submit(step((handle, 0, 0, 1), head_dim=16))
+        assert self.backend.is_running.wait(WAIT_S)
+        self.backend.batches.clear()
+
+
+def rows(num_tokens: int, num_heads: int, head_dim: int = 8) -> HostArray:
+    return np.ones((num_tokens, num_heads, head_dim), np.float32)
+
+
+def step(
+    *entries: tuple[int, int, int, int], has_kv: bool = True, head_dim: int = 8, **options: object
+) -> StepRequest:
+    """Return a step of (handle, layer, start_pos, num_tokens) entries."""
+    handles, layers, start_pos, num_tokens = zip(*entries, strict=True)
+    total = sum(num_tokens)
+    values: dict[str, object] = {"q": rows(total, 4, head_dim)}
+    if has_kv:
+        values |= {"k": rows(total, 2, head_dim), "v": rows(total, 2, head_dim)}
+    return StepRequest(handles, layers, start_pos, num_tokens, **(values | options))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.backend.may_run.set()
+    bench.engine.stop()
+
+
+def test_a_step_appends_then_attends(bench: Bench) -> None:
+    handle = bench.open()
+    answer = bench.run(step((handle, 0, 0, 3), (handle, 1, 0, 2), return_lse=True))
+    assert answer.error is None
+    assert not answer.entry_errors
+    assert answer.out is not None
+    assert answer.out[:, 0, 0].tolist() == [4, 4, 4, 3, 3]
+    assert answer.lse is not None
+    assert answer.lse.shape == (5, 4)
+    assert bench.engine.get_session(bench.id_of(handle)).lengths == (3, 2)
+
+
+def test_slots_follow_the_block_table(bench: Bench) -> None:
+    first, second = bench.open(), bench.open()
+    bench.run(step((first, 0, 0, 15)))
+    bench.run(step((second, 0, 0, 1)))
+    bench.run(step((first, 0, 15, 3), (second, 0, 1, 1)))
+    assert bench.backend.batches[-1].slot_mapping.tolist() == [15, 32, 33, 17]
+    assert bench.backend.batches[-1].block_tables.tolist() == [[0, 2], [1, -1]]
+
+
+def test_one_bad_entry_leaves_its_neighbours_answered(bench: Bench) -> None:
+    good, bad, gone = bench.open(), bench.open(), bench.open()
+    bench.engine.close_session(bench.id_of(gone)).result(WAIT_S)
+    free = bench.pool.num_free
+    request = step(
+        (bad, 0, 0, 20), (good, 0, 0, 2), (bad, 1, 5, 1), (gone, 0, 0, 1), (bad, 2, 0, 1)
+    )
+    assert request.k is not None
+    request.k[7, 1, 3] = np.nan
+    answer = bench.run(request)
+    reasons = {entry: error.reason for entry, error in answer.entry_errors.items()}
+    assert reasons == {
+        0: Reason.NON_FINITE,
+        2: Reason.POSITION_MISMATCH,
+        3: Reason.SESSION_NOT_FOUND,
+        4: Reason.LAYER_NOT_FOUND,
+    }
+    assert answer.entry_errors[0].metadata == {"field": "k", "token": "7", "head": "1"}
+    assert answer.out is not None
+    assert answer.out[:, 0, 0].tolist() == [0] * 20 + [3, 3] + [0] * 3
+    assert bench.engine.get_session(bench.id_of(bad)).lengths == (0, 0)
+    assert bench.pool.num_free == free - 1
+
+
+def test_a_full_pool_refuses_the_entry_that_does_not_fit(bench: Bench) -> None:
+    first, second, third = bench.open(), bench.open(), bench.open()
+    answer = bench.run(step((first, 0, 0, 96), (second, 0, 0, 80), (third, 0, 0, 64)))
+    assert {i: e.reason for i, e in answer.entry_errors.items()} == {1: Reason.OUT_OF_BLOCKS}
+    assert bench.pool.num_free == 0
+
+
+def test_a_replay_answers_again_and_stores_nothing(bench: Bench) -> None:
+    handle = bench.open()
+    request = step((handle, 0, 0, 3), step_key=9)
+    first, again = bench.run(request), bench.run(request)
+    assert first.out is not None
+    assert again.out is not None
+    np.testing.assert_array_equal(first.out, again.out)
+    assert bench.engine.get_session(bench.id_of(handle)).lengths == (3, 0)
+
+
+def test_queued_steps_share_one_launch(bench: Bench) -> None:
+    handles = [bench.open() for _ in range(3)]
+    bench.hold()
+    answers = [bench.submit(step((handle, 0, 0, 2))) for handle in handles]
+    bench.backend.may_run.set()
+    for answer in answers:
+        out = answer.get(timeout=WAIT_S).out
+        assert out is not None
+        assert out.shape == (2, 4, 8)
+        assert out[0, 0, 0] == 3
+    assert bench.backend.batches[-1].num_entries == 3
+
+
+def test_positions_are_checked_when_the_turn_comes(bench: Bench) -> None:
+    handle = bench.open()
+    bench.hold()
+    request = step((handle, 0, 0, 2))
+    assert request.v is not None
+    request.v[0, 0, 0] = np.nan
+    refused, late = bench.submit(request), bench.submit(step((handle, 0, 2, 1)))
+    right = bench.submit(step((handle, 0, 0, 1)))
+    bench.backend.may_run.set()
+    assert refused.get(timeout=WAIT_S).entry_errors[0].reason is Reason.NON_FINITE
+    assert late.get(timeout=WAIT_S).entry_errors[0].reason is Reason.POSITION_MISMATCH
+    assert not right.get(timeout=WAIT_S).entry_errors
+
+
+def test_close_and_truncate_wait_for_what_was_accepted_before(bench: Bench) -> None:
+    handle = bench.open()
+    session_id = bench.id_of(handle)
+    bench.hold()
+    answer = bench.submit(step((handle, 0, 0, 20)))
+    truncated = bench.engine.truncate_session(session_id, 5, [])
+    closed = bench.engine.close_session(session_id)
+    after = bench.submit(step((handle, 0, 5, 1)))
+    assert not truncated.done()
+    bench.backend.may_run.set()
+    assert not answer.get(timeout=WAIT_S).entry_errors
+    assert truncated.result(WAIT_S).lengths == (5, 0)
+    assert closed.result(WAIT_S) == 1
+    assert after.get(timeout=WAIT_S).entry_errors[0].reason is Reason.SESSION_NOT_FOUND
+    assert bench.pool.num_free == 10
+
+
+def test_closing_twice_at_once_closes_once(bench: Bench) -> None:
+    session_id = bench.id_of(bench.open())
+    bench.hold()
+    first, second = (bench.engine.close_session(session_id) for _ in range(2))
+    bench.backend.may_run.set()
+    assert first.result(WAIT_S) == 0
+    with pytest.raises(OctavoError, match="no open session"):
+        second.result(WAIT_S)
+
+
+def test_a_step_that_expires_in_the_queue_is_not_applied(bench: Bench) -> None:
+    handle = bench.open()
+    bench.hold()
+    answer = bench.submit(step((handle, 0, 0, 1), timeout_ms=1))
+    in_time = bench.submit(step((handle, 0, 0, 2), timeout_ms=60_000))
+    time.sleep(0.02)
+    bench.backend.may_run.set()
+    error = answer.get(timeout=WAIT_S).error
+    assert error is not None
+    assert error.reason is Reason.STEP_EXPIRED
+    assert error.metadata == {"timeout_ms": "1"}
+    assert not in_time.get(timeout=WAIT_S).entry_errors
+
+
+def test_a_cancelled_step_is_dropped_unapplied(bench: Bench) -> None:
+    handle = bench.open()
+    bench.hold()
+    dropped = bench.submit(step((handle, 0, 0, 7)), lambda: True)
+    kept = bench.submit(step((handle, 0, 0, 2)))
+    bench.backend.may_run.set()
+    assert not kept.get(timeout=WAIT_S).entry_errors
+    assert dropped.empty()
+
+
+def test_drain_refuses_new_work_and_finishes_the_old(bench: Bench) -> None:
+    handle = bench.open()
+    bench.hold()
+    answer = bench.submit(step((handle, 0, 0, 1)))
+    assert not bench.engine.drain(timeout_s=0.01)
+    with pytest.raises(OctavoError) as refused:
+        bench.submit(step((handle, 0, 1, 1)))
+    assert refused.value.reason is Reason.DRAINING
+    with pytest.raises(OctavoError, match="shutting down"):
+        bench.open()
+    bench.backend.may_run.set()
+    assert bench.engine.drain(timeout_s=WAIT_S)
+    assert not answer.get(timeout=WAIT_S).entry_errors
+
+
+def test_a_backend_that_fails_refuses_everything_and_says_so_once(bench: Bench) -> None:
+    handle = bench.open()
+    bench.hold()
+    waiting = bench.submit(step((handle, 0, 0, 1)))
+    closing = bench.engine.close_session(bench.id_of(handle))
+    bench.backend.is_broken = True
+    bench.backend.may_run.set()
+    error = waiting.get(timeout=WAIT_S).error
+    assert error is not None
+    assert error.reason is Reason.DEVICE_FAILURE
+    with pytest.raises(OctavoError, match="device failed"):
+        closing.result(WAIT_S)
+    with pytest.raises(OctavoError, match="device failed"):
+        bench.submit(step((handle, 0, 0, 1)))
+    assert bench.failures == [True]
+
+
+def test_sessions_of_two_models_cannot_share_a_step(bench: Bench) -> None:
+    with pytest.raises(OctavoError) as refused:
+        bench.submit(step((bench.open(), 0, 0, 1), (bench.open("other"), 0, 0, 1)))
+    assert refused.value.reason is Reason.SHAPE_MISMATCH
+    assert refused.value.metadata["actual"] == "of other, tiny"
+
+
+def test_a_step_of_unknown_sessions_is_answered_with_zeros(bench: Bench) -> None:
+    answer = bench.run(step((12345, 0, 0, 2), return_lse=True))
+    assert answer.entry_errors[0].metadata == {"session_id": "12345"}
+    assert answer.out is not None
+    assert not answer.out.any()
+    assert answer.lse is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "field"),
+    [
+        ({"q": rows(3, 4)}, Reason.SHAPE_MISMATCH, "q"),
+        ({"q": rows(2, 2)}, Reason.SHAPE_MISMATCH, "q"),
+        ({"k": rows(2, 4)}, Reason.SHAPE_MISMATCH, "k"),
+        ({"v": rows(2, 2, 16)}, Reason.SHAPE_MISMATCH, "v"),
+        ({"v": None}, Reason.SHAPE_MISMATCH, "v"),
+        ({"k": None}, Reason.SHAPE_MISMATCH, "k"),
+        ({"is_causal": False}, Reason.SHAPE_MISMATCH, "causal"),
+        ({"v": rows(2, 2).astype(np.float16)}, Reason.DTYPE_MISMATCH, "q, k, v"),
+        ({"layers": [0, 1]}, Reason.SHAPE_MISMATCH, "layers"),
+        ({"num_tokens": [0]}, Reason.SHAPE_MISMATCH, "num_tokens"),
+        (
+            {"handles": [], "layers": [], "start_pos": [], "num_tokens": []},
+            Reason.EMPTY_STEP,
+            "session_handles",
+        ),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_whole(
+    bench: Bench, changes: dict[str, object], reason: Reason, field: str
+) -> None:
+    values: dict[str, object] = {
+        "handles": [bench.open()],
+        "layers": [0],
+        "start_pos": [0],
+        "num_tokens": [2],
+    }
+    values |= {"q": rows(2, 4), "k": rows(2, 2), "v": rows(2, 2)}
+    with pytest.raises(OctavoError) as refused:
+        bench.submit(StepRequest(**(values | changes)))  # type: ignore[arg-type]
+    assert refused.value.reason is reason
+    assert refused.value.metadata["field"] == field
+    assert bench.pool.num_free == 10
+
+
+def test_one_session_and_layer_twice_in_a_step_is_refused(bench: Bench) -> None:
+    handle = bench.open()
+    with pytest.raises(OctavoError) as refused:
+        bench.submit(step((handle, 0, 0, 1), (handle, 1, 0, 1), (handle, 0, 1, 1)))
+    assert refused.value.reason is Reason.DUPLICATE_ENTRY
+
+
+def test_opening_is_idempotent_by_request_id_and_limited(bench: Bench) -> None:
+    first = bench.engine.open_session("tiny", "request")
+    assert bench.engine.open_session("tiny", "request") == first
+    with pytest.raises(OctavoError) as refused:
+        bench.engine.open_session("other", "request")
+    assert refused.value.reason is Reason.DUPLICATE_ENTRY
+    for _ in range(3):
+        bench.open()
+    with pytest.raises(OctavoError) as refused:
+        bench.open()
+    assert refused.value.metadata == {"limit": "4"}
+    bench.engine.close_session(first.session_id).result(WAIT_S)
+    assert bench.engine.open_session("tiny", "request").handle != first.handle
+
+
+def test_sessions_are_listed_in_pages_in_the_order_of_opening(bench: Bench) -> None:
+    handles = [bench.open() for _ in range(4)]
+    page, next_idx = bench.engine.list_sessions(0, 3)
+    assert [state.handle for state in page] == handles[:3]
+    bench.engine.close_session(page[2].session_id).result(WAIT_S)
+    page, next_idx = bench.engine.list_sessions(next_idx, 3)
+    assert [state.handle for state in page] == handles[3:]
+    assert next_idx == 0
+
+
+def test_an_unknown_model_names_those_that_are_served(bench: Bench) -> None:
+    with pytest.raises(OctavoError, match="serves: tiny, other"):
+        bench.open("missing")
