@@ -140,7 +140,7 @@ class ServerConfig:
     max_steps_in_flight: int = setting(
         32, integer(1, 4096), "Steps of one stream that are worked on before more are read."
     )
-    max_unary_calls: int = setting(16, integer(1, 1024), "Most unary calls at a time.")
+    max_unary_calls: int = setting(64, integer(1, 1024), "Most unary calls at a time.")
     max_message_bytes: int = setting(
         64 * 2**20, byte_size(64 * 2**10, 2047 * 2**20), "Largest message that a client may send."
     )

@@ -28,9 +28,10 @@ if _version_not_supported:
 class OctavoServiceStub:
     """The cache and its attention.
 
-    Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request). Calls that take a session can end
-    with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down, and with
-    DEVICE_FAILURE once its device has failed.
+    Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request, or a field that cannot be). Calls that
+    take a session can end with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down,
+    and with DEVICE_FAILURE once its device has failed. Unary calls that wait for queued work (TruncateSession,
+    CloseSession, DecodeOnce) can end with QUEUE_FULL.
     """
 
     def __init__(self, channel):
@@ -89,9 +90,10 @@ class OctavoServiceStub:
 class OctavoServiceServicer:
     """The cache and its attention.
 
-    Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request). Calls that take a session can end
-    with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down, and with
-    DEVICE_FAILURE once its device has failed.
+    Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request, or a field that cannot be). Calls that
+    take a session can end with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down,
+    and with DEVICE_FAILURE once its device has failed. Unary calls that wait for queued work (TruncateSession,
+    CloseSession, DecodeOnce) can end with QUEUE_FULL.
     """
 
     def ServerInfo(self, request, context):
@@ -230,9 +232,10 @@ def add_OctavoServiceServicer_to_server(servicer, server):
 class OctavoService:
     """The cache and its attention.
 
-    Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request). Calls that take a session can end
-    with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down, and with
-    DEVICE_FAILURE once its device has failed.
+    Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request, or a field that cannot be). Calls that
+    take a session can end with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down,
+    and with DEVICE_FAILURE once its device has failed. Unary calls that wait for queued work (TruncateSession,
+    CloseSession, DecodeOnce) can end with QUEUE_FULL.
     """
 
     @staticmethod

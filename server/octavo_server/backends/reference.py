@@ -53,18 +53,15 @@ class ReferenceBackend:
 
     def alloc_paged_int8_layer(self, spec: ModelSpec, num_blocks: int) -> PagedInt8Layer:
         """Allocate one layer of codes `[num_blocks, block_size, num_kv_heads, head_dim]`."""
-        rows = (num_blocks, spec.block_size, spec.num_kv_heads)
-        try:
-            k_codes, v_codes = (
-                torch.zeros((*rows, spec.head_dim), dtype=torch.int8) for _ in range(2)
-            )
-            k_scales, v_scales = (torch.zeros(rows, dtype=torch.float16) for _ in range(2))
-        except RuntimeError as error:
-            layer_bytes = num_blocks * spec.block_bytes // spec.num_layers
+        layer_bytes, free = num_blocks * spec.block_bytes // spec.num_layers, self.free_bytes()
+        if layer_bytes > free:
             raise UnsupportedError(
                 f"one layer of {spec.name} with {num_blocks} blocks takes {layer_bytes} bytes, "
-                f"this host has {self.free_bytes()} free; lower num_blocks or memory"
-            ) from error
+                f"this host has {free} free; lower num_blocks or memory"
+            )
+        rows = (num_blocks, spec.block_size, spec.num_kv_heads)
+        k_codes, v_codes = (torch.zeros((*rows, spec.head_dim), dtype=torch.int8) for _ in range(2))
+        k_scales, v_scales = (torch.zeros(rows, dtype=torch.float16) for _ in range(2))
         return PagedInt8Layer(k_codes, v_codes, k_scales, v_scales)
 
     def prepare(

@@ -1,0 +1,229 @@
+"""The cpu backend: C++ kernels over INT8 blocks in host memory, chosen for this machine at run time.
+
+Pools are head-major: K `[block][kv_head][head_dim][slot]`, V `[block][kv_head][slot][head_dim]`,
+scales `[block][kv_head][slot]`. The kernels and what they promise are in csrc/cpu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from octavo_server.backends.base import (
+    DecodeOutput,
+    HostArray,
+    PagedInt8Cache,
+    PagedInt8Layer,
+    RaggedBatch,
+    StoredTokens,
+    UnsupportedError,
+)
+from octavo_server.backends.host_memory import free_host_bytes
+from octavo_server.kernel_build import build_cpu_kernels
+from octavo_server.model import BLOCK_SIZES, MAX_HEAD_DIM, ModelSpec
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_NO_LSE = torch.empty(0)
+
+
+class CpuBackend:
+    """Paged INT8 layers in host memory, read in place by vector kernels. Implements `Backend`.
+
+    Args:
+        num_threads: Threads that share a launch, the caller's included; 0 = all available cores.
+        isa: One of `available_isas()`; None = the fastest.
+
+    Raises:
+        UnsupportedError: The kernels cannot be built, or the machine lacks the instruction set.
+    """
+
+    name = "cpu"
+
+    def __init__(self, num_threads: int = 0, isa: str | None = None) -> None:
+        isas = available_isas()
+        if isa is not None and isa not in isas:
+            raise UnsupportedError(f"isa must be one of {', '.join(isas)} on this cpu, got {isa!r}")
+        self._ops = _load_ops()
+        self._runtime = self._ops.make_runtime(num_threads, isa or "")
+        self.num_threads: int = self._ops.runtime_threads(self._runtime)
+        self.isa: str = self._ops.runtime_isa(self._runtime)
+        self.description = f"cpu: {self.isa}, {self.num_threads} threads"
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise UnsupportedError for a head_dim or block_size that the kernels do not take."""
+        if spec.head_dim % 8 or not 0 < spec.head_dim <= MAX_HEAD_DIM:
+            raise UnsupportedError(
+                f"head_dim of {spec.name} must be a multiple of 8 up to {MAX_HEAD_DIM}, "
+                f"got {spec.head_dim}"
+            )
+        if spec.block_size not in BLOCK_SIZES:
+            raise UnsupportedError(
+                f"block_size of {spec.name} must be one of {BLOCK_SIZES}, got {spec.block_size}"
+            )
+
+    def free_bytes(self) -> int:
+        """Return the bytes of host memory that are free for pools."""
+        return free_host_bytes()
+
+    def alloc_paged_int8_layer(self, spec: ModelSpec, num_blocks: int) -> PagedInt8Layer:
+        """Allocate one layer, zeroed: its memory is then really there, before any step needs it."""
+        layer_bytes = num_blocks * spec.block_bytes // spec.num_layers
+        if layer_bytes > self.free_bytes():
+            raise UnsupportedError(_does_not_fit(spec, num_blocks, layer_bytes, self.free_bytes()))
+        heads = (num_blocks, spec.num_kv_heads)
+        try:
+            return PagedInt8Layer(
+                k_codes=torch.zeros((*heads, spec.head_dim, spec.block_size), dtype=torch.int8),
+                v_codes=torch.zeros((*heads, spec.block_size, spec.head_dim), dtype=torch.int8),
+                k_scales=torch.zeros((*heads, spec.block_size), dtype=torch.float16),
+                v_scales=torch.zeros((*heads, spec.block_size), dtype=torch.float16),
+            )
+        except RuntimeError as error:  # torch's allocator, for an address space that is limited
+            text = _does_not_fit(spec, num_blocks, layer_bytes, self.free_bytes())
+            raise UnsupportedError(text) from error
+
+    def prepare(
+        self, spec: ModelSpec, num_blocks: int, layers: Sequence[PagedInt8Layer]
+    ) -> PagedInt8Cache:
+        """Bind allocated layers: pointers and per-layer options go to C++ once."""
+        pools = [
+            pool
+            for layer in layers
+            for pool in (layer.k_codes, layer.v_codes, layer.k_scales, layer.v_scales)
+        ]
+        sinks = spec.sinks if spec.sinks is not None else np.empty((0, spec.num_q_heads))
+        prepared = self._ops.make_cache(
+            pools,
+            spec.num_q_heads,
+            torch.tensor(spec.sm_scale, dtype=torch.float32),
+            torch.tensor(spec.soft_cap, dtype=torch.float32),
+            torch.tensor(spec.window, dtype=torch.int32),
+            torch.tensor(sinks, dtype=torch.float32),
+            spec.deterministic,
+        )
+        return PagedInt8Cache(spec, num_blocks, layers, prepared)
+
+    def int8_kv_append_paged(
+        self, cache: PagedInt8Cache, batch: RaggedBatch, k: HostArray, v: HostArray
+    ) -> NDArray[np.int64]:
+        """Quantise k and v per (token, kv head) and store them at `batch.slot_mapping`."""
+        offences = np.empty(batch.num_entries, np.int64)
+        self._ops.append(
+            self._runtime,
+            cache.prepared,
+            _batch_tensors(batch),
+            _as_tensor(k),
+            _as_tensor(v),
+            torch.from_numpy(offences),
+        )
+        return offences
+
+    def int8_paged_decode_attention(
+        self, cache: PagedInt8Cache, batch: RaggedBatch, q: HostArray, *, return_lse: bool
+    ) -> DecodeOutput:
+        """Attend over the cached tokens; a skipped entry's out is zeros, its lse -inf."""
+        out = np.empty(q.shape, q.dtype)
+        lse = np.empty(q.shape[:2], np.float32) if return_lse else None
+        offences = np.empty(batch.num_entries, np.int64)
+        self._ops.decode(
+            self._runtime,
+            cache.prepared,
+            _batch_tensors(batch),
+            _as_tensor(q),
+            _as_tensor(out),
+            _NO_LSE if lse is None else torch.from_numpy(lse),
+            torch.from_numpy(offences),
+        )
+        return DecodeOutput(out, lse, offences)
+
+    def copy_blocks(self, cache: PagedInt8Cache, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy block `source` to block `target` in every layer, for each (source, target)."""
+        pairs = torch.tensor(copies, dtype=torch.int64).view(-1, 2)
+        self._ops.copy_blocks(self._runtime, cache.prepared, pairs)
+
+    def read_tokens(
+        self, cache: PagedInt8Cache, layer: int, slots: NDArray[np.int64]
+    ) -> StoredTokens:
+        """Return copies of the codes and scales stored at `slots` of a layer."""
+        pools = cache.layers[layer]
+        blocks, offsets = (
+            torch.from_numpy(idx) for idx in np.divmod(slots, np.int64(cache.spec.block_size))
+        )
+        return StoredTokens(
+            pools.k_codes[blocks, :, :, offsets].numpy(),
+            pools.k_scales[blocks, :, offsets].numpy(),
+            pools.v_codes[blocks, :, offsets].numpy(),
+            pools.v_scales[blocks, :, offsets].numpy(),
+        )
+
+
+def available_isas() -> tuple[str, ...]:
+    """Return the instruction sets that this machine has kernels for, the fastest first.
+
+    Raises:
+        UnsupportedError: The kernels cannot be built.
+    """
+    return tuple(_load_ops().available_isas())
+
+
+def _load_ops() -> Any:
+    """Return torch.ops.octavo_cpu, building and loading its library if need be."""
+    library = str(build_cpu_kernels())
+    if library not in torch.ops.loaded_libraries:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    return torch.ops.octavo_cpu
+
+
+def _does_not_fit(spec: ModelSpec, num_blocks: int, layer_bytes: int, free_bytes: int) -> str:
+    return (
+        f"one layer of {spec.name} with {num_blocks} blocks takes {layer_bytes} bytes, this host "
+        f"has {free_bytes} free; lower num_blocks or memory"
+    )
+
+
+def _batch_tensors(batch: RaggedBatch) -> list[torch.Tensor]:
+    """Return the batch's arrays in the order that the operations take."""
+    arrays: Iterable[NDArray[Any]] = (
+        batch.layers,
+        batch.start_pos,
+        batch.token_starts,
+        batch.kv_lens,
+        batch.is_causal,
+        batch.block_tables,
+        batch.slot_mapping,
+    )
+    return [_as_tensor(array) for array in arrays]
+
+
+def _as_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """Return a tensor over the same memory, or over a copy of what is not contiguous.
+
+    Messages arrive as read-only buffers, which torch would warn about: the kernels only read what
+    they take as input, so such an array is passed as if it were writable.
+    """
+    is_bfloat16 = array.dtype == _BFLOAT16  # which numpy knows as a void of 2 bytes
+    plain = array.view(np.uint16) if is_bfloat16 else array
+    # numpy calls an axis of one element contiguous whatever its stride; torch refuses negative ones.
+    if not plain.flags.c_contiguous or min(plain.strides) < 0:
+        plain = plain.copy()
+    if not plain.flags.writeable:
+        plain = np.asarray(_WritableView(plain))
+    tensor = torch.from_numpy(plain)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+class _WritableView:
+    """The memory of a read-only array, in numpy's array interface, without the flag."""
+
+    __slots__ = ("__array_interface__", "_owner")
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._owner = array
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface

@@ -1,0 +1,206 @@
+"""Builds the C++ kernels on first use, and finds them again by the content that they were built from.
+
+A build lives in `<cache>/kernels/<hash of sources, flags and torch>-<hash of the compiler>`, where
+`<cache>` is $OCTAVO_CACHE_DIR, else $XDG_CACHE_HOME/octavo, else ~/.cache/octavo. A library is
+compiled elsewhere and renamed into place, under a lock, so that one that is there is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from octavo_server.backends.base import UnsupportedError
+
+log = logging.getLogger(__name__)
+
+CPU_LIBRARY = "octavo_cpu"
+"""Name of the CPU library and of its torch.ops namespace."""
+
+CFLAGS = ("-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra")
+"""No fast-math, and no contraction: both would change stored codes."""
+
+_LOG_NAME = "build.log"
+_NUM_TAIL_LINES = 20
+_SOURCE_SUFFIXES = (".h", ".cpp")
+
+Compile = Callable[[Sequence[Path], Path, bool], Path]
+"""Compiles sources in a directory and returns the library; the last argument: whether to show it all.
+
+Raises RuntimeError with the compiler's output.
+"""
+
+
+def find_csrc() -> Path:
+    """Return the directory of the C++ sources: in the installed package, or in the checkout.
+
+    Raises:
+        UnsupportedError: There is neither.
+    """
+    package = Path(__file__).resolve().parent
+    for csrc in (package / "csrc", package.parents[1] / "csrc"):
+        if (csrc / "cpu").is_dir():
+            return csrc
+    raise UnsupportedError(f"the kernels' sources are missing beside {package}; reinstall octavo")
+
+
+def build_cpu_kernels(verbose: bool = False) -> Path:
+    """Return the CPU library, built now unless it was before.
+
+    Args:
+        verbose: Show the compiler's commands and output.
+
+    Raises:
+        UnsupportedError: There is no compiler or no ninja, or the compiler failed.
+    """
+    return build_library(find_csrc(), cache_directory(), _compile_with_torch, verbose=verbose)
+
+
+def cache_directory() -> Path:
+    """Return where builds are kept."""
+    if explicit := os.environ.get("OCTAVO_CACHE_DIR"):
+        return Path(explicit) / "kernels"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "octavo" / "kernels"
+
+
+def build_library(csrc: Path, cache: Path, compile_: Compile, *, verbose: bool) -> Path:
+    """Return the library of the sources under `csrc`, built with `compile_` unless it is cached.
+
+    Args:
+        csrc: Sources; everything under it counts for the hash, `cpu` and `bindings` are compiled.
+        cache: Where builds are kept.
+        compile_: The compiler.
+        verbose: Passed on to it.
+    """
+    content = content_hash(csrc)
+    compiler = compiler_version()
+    if compiler is None:
+        return _any_build(cache, content)
+    library = cache / f"{content}-{_short_hash([compiler])}" / f"{CPU_LIBRARY}.so"
+    if library.exists():
+        return library
+    with _locked(cache / f"{library.parent.name}.lock"):
+        if not library.exists():  # another process may have built it meanwhile
+            _build(csrc, library, compile_, verbose=verbose)
+    return library
+
+
+def content_hash(csrc: Path) -> str:
+    """Return a short hash of everything but the compiler that a build depends on."""
+    parts = [*CFLAGS, torch.__version__, platform.machine()]
+    for path in _sources(csrc):
+        parts += [str(path.relative_to(csrc)), path.read_text()]
+    return _short_hash(parts)
+
+
+def compiler_version() -> str | None:
+    """Return the C++ compiler's name and version, None when there is none."""
+    try:
+        answer = subprocess.run(
+            [_compiler(), "--version"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{_compiler()} {answer.stdout.splitlines()[0]}"
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _sources(csrc: Path) -> list[Path]:
+    return sorted(path for path in csrc.rglob("*") if path.suffix in _SOURCE_SUFFIXES)
+
+
+def _short_hash(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _any_build(cache: Path, content: str) -> Path:
+    """Return a build of this content by any compiler: an image may carry it and no compiler."""
+    for library in sorted(cache.glob(f"{content}-*/{CPU_LIBRARY}.so")):
+        return library
+    raise UnsupportedError(
+        f"the cpu backend compiles its kernels on first use and found no C++ compiler "
+        f"{_compiler()!r}: install one (Debian and Ubuntu: apt-get install g++), or name yours in "
+        f"CXX"
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel drops when its process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(csrc: Path, library: Path, compile_: Compile, *, verbose: bool) -> None:
+    """Compile in a scratch directory and rename the library into its place."""
+    log.info("compiling the CPU kernels for this machine: about a minute, once")
+    start_s = time.monotonic()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    sources = [path for path in _sources(csrc) if path.suffix == ".cpp"]
+    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as scratch:
+        try:
+            compile_(sources, Path(scratch), verbose).rename(library)
+        except RuntimeError as error:
+            log_path = library.parent / _LOG_NAME
+            log_path.write_text(str(error))
+            raise UnsupportedError(_failure_text(str(error), log_path)) from error
+    log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - start_s, library)
+
+
+def _failure_text(output: str, log_path: Path) -> str:
+    tail = "\n".join(output.splitlines()[-_NUM_TAIL_LINES:])
+    return f"compiling the CPU kernels failed; all of it is in {log_path}, the end is:\n{tail}"
+
+
+def _compile_with_torch(sources: Sequence[Path], directory: Path, verbose: bool) -> Path:
+    """Compile through torch's own extension builder, which drives ninja, and loads the library."""
+    # Costs most of a second, and is needed once: not at module level.
+    from torch.utils import cpp_extension  # noqa: PLC0415
+
+    with _ninja_on_path():
+        library = cpp_extension.load(
+            CPU_LIBRARY,
+            [str(path) for path in sources],
+            extra_cflags=list(CFLAGS),
+            extra_include_paths=[str(find_csrc() / part) for part in ("include", "cpu")],
+            build_directory=str(directory),
+            is_python_module=False,
+            verbose=verbose,
+        )
+    return Path(library)
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let torch find the ninja of this environment when its bin directory is not on PATH."""
+    path = os.environ.get("PATH", "")
+    here = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([path, here])
+    try:
+        if shutil.which("ninja") is None:
+            raise UnsupportedError(
+                "the cpu backend compiles its kernels on first use and found no ninja: install it "
+                "(pip install ninja, or on Debian and Ubuntu: apt-get install ninja-build)"
+            )
+        yield
+    finally:
+        os.environ["PATH"] = path

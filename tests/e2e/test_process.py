@@ -1,0 +1,93 @@
+"""The server as a process: the line that names its port, and SIGTERM while work is in flight."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import pytest
+
+from octavo import v1
+from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
+
+MODEL = "name=tiny,num_layers=1,num_q_heads=8,num_kv_heads=2,head_dim=64,max_context=8192,num_blocks=256"
+WAIT_S = 60
+
+
+@contextmanager
+def server_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start `octavo-server serve` and give it with the address that it printed."""
+    command = [sys.executable, "-m", "octavo_server", "serve", "--port", "0", "--model", MODEL]
+    with subprocess.Popen(
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("listening on 127.0.0.1:"), line
+            yield process, line.split()[-1]
+        finally:
+            process.kill()
+
+
+def random_step(handle: int, num_tokens: int) -> v1.DecodeRequest:
+    """Return a step of float32 noise that appends to an empty layer."""
+    rng = np.random.default_rng(3)
+
+    def tensor(num_heads: int) -> v1.Tensor:
+        values = rng.standard_normal((num_tokens, num_heads, 64), np.float32)
+        return v1.Tensor(data=values.tobytes(), dtype=v1.DATA_TYPE_FLOAT32, shape=values.shape)
+
+    return v1.DecodeRequest(
+        step=v1.Step(
+            step_id=1,
+            session_handles=[handle],
+            layers=[0],
+            start_pos=[0],
+            num_tokens=[num_tokens],
+            q=tensor(8),
+            k=tensor(2),
+            v=tensor(2),
+        )
+    )
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_what_is_in_flight(signal_number: signal.Signals) -> None:
+    """A prompt of 1,000 tokens keeps the reference backend busy; the signal comes meanwhile."""
+    with server_process("--backend", "reference") as (process, address):
+        channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
+        stub = OctavoServiceStub(channel)  # type: ignore[no-untyped-call]
+        request = v1.OpenSessionRequest(model="tiny")
+        session = stub.OpenSession(request, timeout=WAIT_S).session
+        call = stub.Decode(iter([random_step(session.session_handle, 1000)]), timeout=WAIT_S)
+        info = stub.ServerInfo(v1.ServerInfoRequest(), timeout=WAIT_S)
+        while info.models[0].num_free_blocks == info.models[0].num_blocks:
+            info = stub.ServerInfo(v1.ServerInfoRequest(), timeout=WAIT_S)
+        process.send_signal(signal_number)
+        result = next(call).result
+        assert list(result.out.shape) == [1000, 8, 64]
+        assert process.wait(WAIT_S) == 0
+        assert process.stderr is not None
+        logs = process.stderr.read()
+    assert f"{signal_number.name}: finishing what is in flight" in logs
+    assert "model tiny: 256 blocks of 32 tokens hold 8192 tokens" in logs
+    assert "FP16 would take" in logs
+
+
+def test_an_address_in_use_is_one_sentence() -> None:
+    with server_process("--backend", "reference") as (_, address):
+        port = address.rsplit(":", 1)[1]
+        flags = ["--backend", "reference", "--port", port, "--model", MODEL]
+        command = [sys.executable, "-m", "octavo_server", "serve", *flags]
+        second = subprocess.run(
+            command, capture_output=True, text=True, timeout=WAIT_S, check=False
+        )
+    assert second.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in second.stderr
+    assert "Traceback" not in second.stderr
