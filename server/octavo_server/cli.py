@@ -85,9 +85,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a model to serve, keys below; repeat it for more. The models of the file are then ignored",
     )
     for key in keys_of(ServerConfig):
-        serve.add_argument(
-            key.flag, dest=key.name, metavar="VALUE", help=_key_help(key).replace("%", "%%")
-        )
+        serve.add_argument(key.flag, dest=key.name, metavar="VALUE", help=_key_help(key))
 
 
 def _key_help(key: Key) -> str:

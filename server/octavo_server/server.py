@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
@@ -24,6 +23,7 @@ from octavo_server.engine import Engine, ModelPool
 from octavo_server.model import ModelSpec
 from octavo_server.service import SERVICE_NAME, Gate, Identity, Limits, OctavoService
 from octavo_server.session_store import SessionStore
+from octavo_server.version import software_version
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Server:
         self._health = health.HealthServicer()
         self._engine = Engine(backend, pools, sessions, on_failure=self._set_unready)
         identity = Identity(
-            version("octavo"), incarnation, backend.name, backend.description, config.max_sessions
+            software_version(), incarnation, backend.name, backend.description, config.max_sessions
         )
         self._service = OctavoService(self._engine, identity, _limits(config))
         self._grpc = _create_grpc_server(config, self._service, self._health)

@@ -51,7 +51,7 @@ def serving(**changes: Any) -> Iterator[Wire]:
     """Run a server whose backend can be held and broken."""
     values: dict[str, Any] = {
         "port": 0,
-        "backend": "reference",
+        "backend": "cpu",
         "num_threads": 1,
         "max_sessions": 6,
         "max_streams": 4,

@@ -167,7 +167,7 @@ class OctavoServiceServicer:
 
     def DecodeOnce(self, request, context):
         """Runs one step as a unary call, for use by hand and from clients without streams. A refusal of the whole step is the
-        call's error; a refusal of one entry is inside the result. Errors: as for a step, and QUEUE_FULL.
+        call's error; a refusal of one entry is inside the result. Errors: as for a step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

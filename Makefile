@@ -1,0 +1,85 @@
+# One command each: `make demo` or `make test` is enough after a clone; the rest is for developers.
+#
+#   make demo PYTHON=python3.12                  another interpreter
+#   make demo PIP_ARGS="--extra-index-url URL"   arguments of every pip install
+
+PYTHON ?= python3
+PIP_ARGS ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_STAMP := $(VENV)/installed-demo
+DEV_STAMP := $(VENV)/installed-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("Octavo needs Python 3.11 or newer, got %d.%d; name another: make PYTHON=python3.12"
+             % sys.version_info[:2])
+endef
+export CHECK_PYTHON
+
+.PHONY: help demo test lint format proto build wheel clean compiler-is-there
+
+help:  ## List the targets.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: compiler-is-there $(DEMO_STAMP)  ## Serve a real model's decoding on loopback: text, speed, quality.
+	$(BIN)/octavo-server build
+	$(BIN)/octavo-demo $(DEMO_ARGS)
+
+test: compiler-is-there $(DEV_STAMP)  ## Run all tests.
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP)  ## Check style, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(DEV_STAMP)  ## Format Python and C++.
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+proto: $(DEV_STAMP)  ## Regenerate the Python code of octavo.proto.
+	$(BIN)/python proto/generate.py
+
+build: compiler-is-there $(DEMO_STAMP)  ## Compile the kernels ahead of their first use.
+	$(BIN)/octavo-server build --verbose
+
+wheel: $(DEV_STAMP)  ## Build the source distribution and the wheel into dist/.
+	$(BIN)/python -m build
+
+clean:  ## Remove everything that make made in this folder.
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The demo needs no developer's tools. Whoever installed those has everything of the demo as well.
+$(DEMO_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV), once; torch first, which is large"
+	$(INSTALL) $(PIP_ARGS) $(TORCH)
+	$(INSTALL) -c constraints.txt $(PIP_ARGS) -e ".[server,demo]"
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV), once; torch first, which is large"
+	$(INSTALL) $(PIP_ARGS) $(TORCH)
+	$(INSTALL) -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	@touch $(DEMO_STAMP) $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "Octavo needs Python 3.11 or newer, and there is no $(PYTHON); name one: make PYTHON=python3.12"; \
+	  exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+compiler-is-there:
+	@command -v "$${CXX:-c++}" >/dev/null || { \
+	  echo "Octavo compiles its kernels, and there is no $${CXX:-c++}; on Debian: apt-get install g++"; \
+	  exit 1; }

@@ -1,0 +1,114 @@
+"""The client of Octavo, INT8 paged KV-cached decoding as a service.
+
+    import numpy as np
+    from octavo_client import Client
+
+    with Client("localhost:50051") as client, client.open_session("tiny") as session:
+        model = session.model
+        rng = np.random.default_rng(0)
+
+        def draw(*shape):
+            return rng.standard_normal(shape, dtype=np.float32).astype(np.float16)
+
+        prompt = (model.num_layers, 100, model.num_kv_heads, model.head_dim)
+        session.append(draw(*prompt), draw(*prompt))
+        for layer in range(model.num_layers):
+            q = draw(1, model.num_q_heads, model.head_dim)
+            k, v = (draw(1, model.num_kv_heads, model.head_dim) for _ in "kv")
+            print(layer, session.decode(layer, q, k, v).out.shape)
+
+`Client` blocks, `AsyncClient` awaits; apart from that they are the same. Both take and return numpy arrays or torch
+tensors (bfloat16 in numpy is `ml_dtypes.bfloat16`). What goes wrong is drawn as a tree in `octavo_client._errors`;
+every exception is exported here.
+"""
+
+from octavo_client._append import Progress
+from octavo_client._async import AsyncClient, AsyncSession
+from octavo_client._config import Retry, Timeout
+from octavo_client._errors import (
+    REASONS,
+    BadTensor,
+    CallTimeout,
+    ClientClosed,
+    ConnectionLost,
+    ContextTooLong,
+    DeviceFailure,
+    Draining,
+    DtypeMismatch,
+    DuplicateEntry,
+    EmptyStep,
+    InterruptedCall,
+    LayerNotFound,
+    MalformedMessage,
+    MessageTooLarge,
+    ModelNotFound,
+    NonFinite,
+    OctavoError,
+    OutOfBlocks,
+    PositionMismatch,
+    QueueFull,
+    RefusedError,
+    ScaleOverflow,
+    SessionLimit,
+    SessionNotFound,
+    ShapeMismatch,
+    StepExpired,
+    StepTimeout,
+    StreamLimit,
+)
+from octavo_client._sync import Client, Session
+from octavo_client._types import (
+    BatchResult,
+    DecodeResult,
+    Entry,
+    Model,
+    ServerInfo,
+    SessionState,
+    StepOptions,
+)
+
+__all__ = [
+    "REASONS",
+    "AsyncClient",
+    "AsyncSession",
+    "BadTensor",
+    "BatchResult",
+    "CallTimeout",
+    "Client",
+    "ClientClosed",
+    "ConnectionLost",
+    "ContextTooLong",
+    "DecodeResult",
+    "DeviceFailure",
+    "Draining",
+    "DtypeMismatch",
+    "DuplicateEntry",
+    "EmptyStep",
+    "Entry",
+    "InterruptedCall",
+    "LayerNotFound",
+    "MalformedMessage",
+    "MessageTooLarge",
+    "Model",
+    "ModelNotFound",
+    "NonFinite",
+    "OctavoError",
+    "OutOfBlocks",
+    "PositionMismatch",
+    "Progress",
+    "QueueFull",
+    "RefusedError",
+    "Retry",
+    "ScaleOverflow",
+    "ServerInfo",
+    "Session",
+    "SessionLimit",
+    "SessionNotFound",
+    "SessionState",
+    "ShapeMismatch",
+    "StepExpired",
+    "StepOptions",
+    "StepTimeout",
+    "StreamLimit",
+    "Timeout",
+]

@@ -1,0 +1,55 @@
+"""How channels are set up: limits, keep-alive, and reconnecting as fast as the caller asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import Message
+
+from octavo.v1 import octavo_pb2 as pb
+from octavo_client._config import Retry, Timeout
+from octavo_client._retry import CallRule
+
+Rpc = tuple[str, Callable[[Any], bytes], Callable[[bytes], Any]]
+"""What a channel needs to call an rpc: its path, how to encode a request, how to decode a response."""
+
+_KEEPALIVE_MS = 30_000
+_KEEPALIVE_TIMEOUT_MS = 10_000
+
+_SERVICE = "/octavo.v1.OctavoService"
+
+
+def _encode(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+# What carries tensors is encoded before it gets here.
+APPEND_RPC: Rpc = (f"{_SERVICE}/Append", bytes, pb.AppendResponse.FromString)
+
+DECODE_RPC: Rpc = (f"{_SERVICE}/Decode", bytes, pb.DecodeResponse.FromString)
+
+
+def unary_rpc(rule: CallRule) -> Rpc:
+    """Return a unary rpc."""
+    return f"{_SERVICE}/{rule.name}", _encode, rule.response.FromString
+
+
+def channel_options(timeout: Timeout, retry: Retry) -> list[tuple[str, int]]:
+    """Return the options of a client's channel."""
+    return [
+        # The server's limit is checked before a message is sent, against what the server said.
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", -1),
+        # A Decode stream has no deadline: pings notice that its server is gone, also while it is idle.
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Attempts are counted by Retry; the channel must not make them wait longer.
+        ("grpc.initial_reconnect_backoff_ms", max(100, int(retry.initial_backoff_s * 1000))),
+        ("grpc.max_reconnect_backoff_ms", max(100, int(retry.max_backoff_s * 1000))),
+        ("grpc.min_reconnect_backoff_ms", max(100, int(timeout.connect_s * 1000))),
+        ("grpc.enable_retries", 0),
+        # Clients of one process have a connection each, so that they do not queue behind each other.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]

@@ -1,0 +1,196 @@
+"""A Decode stream without the stream: what to send now, and who is answered. The sync and the asyncio driver are thin.
+
+No I/O: bytes go out and results come in through the caller, and so does time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from octavo.v1 import octavo_pb2 as pb
+from octavo_client._errors import (
+    ConnectionLost,
+    Draining,
+    OctavoError,
+    RefusedError,
+    StepExpired,
+)
+from octavo_client._ledger import Ledger, LedgerStep
+from octavo_client._retry import is_passing
+from octavo_client._status import error_from_status
+from octavo_client._steps import Draft, timed_out
+
+_QUEUE_SHARE = 0.9
+"""The share of the time left that a step may queue at the server; in the rest its refusal can arrive."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A step and who waits for it.
+
+    Attributes:
+        draft: The step.
+        future: A concurrent.futures.Future or asyncio.Future.
+        is_single: Whether the waiter wants the answer to the only entry rather than to the batch.
+    """
+
+    draft: Draft
+    future: Any
+    is_single: bool
+
+
+class Outcome(NamedTuple):
+    """What a future is to be given: a value, or an error."""
+
+    future: Any
+    value: Any
+    error: OctavoError | None
+
+
+class Turn(NamedTuple):
+    """What a driver is to do: give futures their outcome, and send messages in this order."""
+
+    outcomes: list[Outcome]
+    to_send: list[bytes]
+
+
+_Step = LedgerStep[Job]
+
+
+class Exchange:
+    """The steps of one client and their way over any number of streams; one caller at a time."""
+
+    def __init__(self) -> None:
+        self._ledger: Ledger[Job] = Ledger()
+        self._draining: Draining | None = None
+
+    def __len__(self) -> int:
+        return len(self._ledger)
+
+    @property
+    def next_deadline(self) -> float:
+        """When the next step is given up; infinity when there is none."""
+        return self._ledger.next_deadline
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether the server refuses new work, and has answered all that it took: time for another stream."""
+        return self._draining is not None and self._ledger.num_sent == 0
+
+    def ended(self) -> OctavoError:
+        """Return why a stream is over that ended without an error."""
+        return self._draining or ConnectionLost("the server ended the stream", may_be_applied=True)
+
+    def futures(self, session_handle: int) -> list[Any]:
+        """Return the futures of a session's steps."""
+        return [job.future for job in self._ledger.pending(session_handle)]
+
+    def submit(self, job: Job, now: float) -> tuple[int, list[bytes]]:
+        """Place a step and enter it.
+
+        Returns:
+            Its step_id, and the messages to send now.
+
+        Raises:
+            ClientClosed, ValueError: It cannot be placed; nothing changed.
+        """
+        draft = job.draft
+        draft.place()
+        step = self._ledger.submit(
+            job, draft.keys, has_kv=draft.has_kv, deadline=now + draft.timeout_s
+        )
+        return step.step_id, _encode([step] if step.is_sent else [], now)
+
+    def on_result(self, result: pb.StepResult, now: float) -> Turn:
+        """Take a result; that of a step which was given up is dropped."""
+        refusal = error_from_status(result.error) if result.HasField("error") else None
+        if isinstance(refusal, Draining):
+            self._draining = refusal
+            self._ledger.hold(result.step_id)
+            return Turn([], [])
+        step, to_send = self._ledger.resolve(result.step_id)
+        outcomes = [] if step is None else [_outcome(step, result, refusal)]
+        return Turn(outcomes, _encode(to_send, now))
+
+    def give_up(self, step_id: int, now: float) -> list[bytes]:
+        """Drop a step that its caller no longer waits for; return the messages to send now."""
+        step, to_send = self._ledger.resolve(step_id)
+        if step is not None:
+            step.payload.draft.fail(timed_out(step.payload.draft, step.may_be_applied))
+        return _encode(to_send, now)
+
+    def expire(self, now: float) -> Turn:
+        """Give up the steps whose time has passed."""
+        overdue, to_send = self._ledger.expire(now)
+        outcomes = [
+            _failed(step, timed_out(step.payload.draft, step.may_be_applied)) for step in overdue
+        ]
+        return Turn(outcomes, _encode(to_send, now))
+
+    def on_open(self, now: float) -> list[bytes]:
+        """Note that a stream is open; return the messages to send on it."""
+        self._draining = None
+        return _encode(self._ledger.on_stream_open(), now)
+
+    def on_broken(self) -> None:
+        """Note that the stream is gone."""
+        self._ledger.on_stream_broken()
+
+    def fail_all(self, error: OctavoError) -> list[Outcome]:
+        """Give up every step because of `error`."""
+        return [_failed(step, _error_for(step, error)) for step in self._ledger.drain()]
+
+
+def deliver(outcomes: Iterable[Outcome]) -> None:
+    """Give futures their outcome; one that was cancelled meanwhile stays so."""
+    for future, value, error in outcomes:
+        if future.cancelled():
+            continue
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+
+def _encode(steps: Iterable[_Step], now: float) -> list[bytes]:
+    return [_encode_one(step, now) for step in steps]
+
+
+def _encode_one(step: _Step, now: float) -> bytes:
+    timeout_ms = max(1, int((step.deadline - now) * 1000 * _QUEUE_SHARE))
+    return step.payload.draft.encode(step.step_id, timeout_ms)
+
+
+def _outcome(step: _Step, result: pb.StepResult, refusal: RefusedError | None) -> Outcome:
+    job = step.payload
+    if isinstance(refusal, StepExpired) and step.has_kv and step.was_cut:
+        # Only this sending expired; the one that the connection cut off may have run.
+        return _failed(step, timed_out(job.draft, may_be_applied=True))
+    if refusal is not None:
+        return _failed(step, refusal)
+    try:
+        batch = job.draft.read(result)
+        return Outcome(job.future, batch[0] if job.is_single else batch, None)
+    except OctavoError as error:
+        return Outcome(job.future, None, error)
+
+
+def _failed(step: _Step, error: OctavoError) -> Outcome:
+    step.payload.draft.fail(error)
+    return Outcome(step.payload.future, None, error)
+
+
+def _error_for(step: _Step, error: OctavoError) -> OctavoError:
+    """Return an instance of its own for each waiter: a raised exception carries its traceback."""
+    if isinstance(error, ConnectionLost):
+        own: OctavoError = ConnectionLost(error.message, step.may_be_applied)
+    elif is_passing(error) and step.may_be_applied:
+        # The last stream was refused, but an earlier one may have brought the step home.
+        own = ConnectionLost(str(error), may_be_applied=True)
+    else:
+        own = copy(error)
+    own.__cause__ = error.__cause__
+    return own

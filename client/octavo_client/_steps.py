@@ -1,0 +1,258 @@
+"""One step from a caller's arrays to the wire and back: checked, placed, read. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from octavo.v1 import octavo_pb2 as pb
+from octavo_client import _tensors
+from octavo_client._encoding import encode_decode, encode_tensors
+from octavo_client._errors import (
+    ClientClosed,
+    OctavoError,
+    RefusedError,
+    StepTimeout,
+    message_too_large,
+)
+from octavo_client._mirror import Mirror
+from octavo_client._status import error_from_status
+from octavo_client._tensors import HostArray, ToCaller
+from octavo_client._types import BatchResult, Model, StepOptions
+from octavo_client._wire import random_key
+
+_FIELDS = {
+    "q": pb.Step.Q_FIELD_NUMBER,
+    "k": pb.Step.K_FIELD_NUMBER,
+    "v": pb.Step.V_FIELD_NUMBER,
+}
+
+_MAX_START_POS_BYTES = 5
+_MAX_HEADER_BYTES = 64
+"""Room for what is filled in when the step is placed and sent: positions, step_id, timeout_ms."""
+
+
+class Placement(NamedTuple):
+    """One entry: where its tokens go. `start_pos` None = where the session's mirror says."""
+
+    mirror: Mirror
+    layer: int
+    num_tokens: int
+    start_pos: int | None
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """A checked step that is on its way to be sent.
+
+    Attributes:
+        header: The message without its tensors; positions, step_id and timeout_ms are filled in later.
+        tensors: q, and k and v, as encoded fields of the message.
+        has_kv: Whether the step appends.
+        placements: Its entries.
+        to_caller: Turns an answer into the caller's kind of array.
+        timeout_s: Seconds from submit to result.
+    """
+
+    header: pb.Step
+    tensors: bytes
+    has_kv: bool
+    placements: Sequence[Placement]
+    to_caller: ToCaller
+    timeout_s: float
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """The (session handle, layer) of each entry."""
+        return [(placement.mirror.handle, placement.layer) for placement in self.placements]
+
+    @property
+    def stale(self) -> list[Mirror]:
+        """Mirrors to refresh before the step can be placed."""
+        relied_on = {p.mirror: None for p in self.placements if p.start_pos is None}
+        return [mirror for mirror in relied_on if mirror.is_stale]
+
+    def place(self) -> None:
+        """Fill in the positions and note what is now in flight.
+
+        Raises:
+            ClientClosed: A session was closed meanwhile.
+            ValueError: A query has no position: fewer tokens are cached than it brings.
+        """
+        starts = [self._start_pos(placement) for placement in self.placements]
+        self.header.start_pos.extend(starts)
+        if self.has_kv:
+            for placement, start_pos in zip(self.placements, starts, strict=True):
+                placement.mirror.begin(placement.layer, start_pos + placement.num_tokens)
+
+    def encode(self, step_id: int, timeout_ms: int) -> bytes:
+        """Return the message, once the step is placed."""
+        self.header.step_id = step_id
+        self.header.timeout_ms = timeout_ms
+        return encode_decode(self.header, self.tensors)
+
+    def read(self, result: pb.StepResult) -> BatchResult:
+        """Return a step's answer as the caller's kind of array, and note what is stored.
+
+        Raises:
+            OctavoError: The server's answer makes no sense.
+        """
+        errors = {e.entry_idx: error_from_status(e.error) for e in result.entry_errors}
+        self._settle(errors)
+        return BatchResult(*self._arrays(result), errors, self._slices())
+
+    def fail(self, error: OctavoError) -> None:
+        """Note that the whole step failed."""
+        self._settle(dict.fromkeys(range(len(self.placements)), error))
+
+    def _start_pos(self, placement: Placement) -> int:
+        mirror, layer, num_tokens, start_pos = placement
+        if mirror.is_closed:
+            raise ClientClosed(f"session {mirror.session_id} was closed; open a new one")
+        if start_pos is not None:
+            return start_pos
+        length = mirror.length(layer)
+        if self.has_kv:
+            return length
+        if self.header.HasField("causal"):
+            return 0
+        if length < num_tokens:
+            raise ValueError(
+                f"{num_tokens} causal queries without k and v need as many cached tokens, "
+                f"layer {layer} of session {mirror.session_id} has {length}"
+            )
+        return length - num_tokens
+
+    def _settle(self, errors: dict[int, RefusedError] | dict[int, OctavoError]) -> None:
+        if not self.has_kv:
+            return
+        starts = self.header.start_pos
+        for entry_idx, placement in enumerate(self.placements):
+            end = starts[entry_idx] + placement.num_tokens
+            placement.mirror.settle(placement.layer, end, errors.get(entry_idx))
+
+    def _arrays(self, result: pb.StepResult) -> tuple[Any, Any | None]:
+        try:
+            out = _tensors.from_wire(result.out)
+            lse = _tensors.from_wire(result.lse) if result.HasField("lse") else None
+        except ValueError as error:
+            raise OctavoError(f"the server's answer makes no sense: {error}") from error
+        return self.to_caller(out), None if lse is None else self.to_caller(lse)
+
+    def _slices(self) -> tuple[slice, ...]:
+        ends = itertools.accumulate((p.num_tokens for p in self.placements), initial=0)
+        return tuple(itertools.starmap(slice, itertools.pairwise(ends)))
+
+
+def draft_step(
+    placements: Sequence[Placement],
+    tensors: tuple[Any, Any | None, Any | None],
+    options: StepOptions,
+    *,
+    default_timeout_s: float,
+    max_message_bytes: int,
+) -> Draft:
+    """Check a step and build its message.
+
+    Args:
+        placements: Its entries, one or more.
+        tensors: q, k and v of all entries one after the other; k and v both or neither.
+        options: Flags and timeout.
+        default_timeout_s: Timeout unless the options have one.
+        max_message_bytes: Largest message that the server receives.
+
+    Raises:
+        ValueError: An entry or a shape that cannot be.
+        TypeError: A tensor of another kind or dtype.
+        ClientClosed: An entry of a closed session.
+        MessageTooLarge: The step is over the server's limit.
+    """
+    model = _check_placements(placements)
+    arrays = _host_arrays(tensors)
+    _check_arrays(arrays, model, sum(placement.num_tokens for placement in placements))
+    header = _header(placements, options, has_kv="k" in arrays)
+    encoded = encode_tensors({_FIELDS[name]: array for name, array in arrays.items()})
+    num_bytes = (
+        len(encoded)
+        + header.ByteSize()
+        + _MAX_HEADER_BYTES
+        + _MAX_START_POS_BYTES * len(placements)
+    )
+    if num_bytes > max_message_bytes:
+        raise message_too_large(num_bytes, max_message_bytes)
+    timeout_s = options.get("timeout", default_timeout_s)
+    if not 0 < timeout_s < float("inf"):
+        raise ValueError(f"timeout must be positive and finite, got {timeout_s}")
+    to_caller = _tensors.like(tensors[0])
+    return Draft(header, encoded, "k" in arrays, placements, to_caller, timeout_s)
+
+
+def timed_out(draft: Draft, may_be_applied: bool) -> StepTimeout:
+    """Return the exception of a step that had no answer in time."""
+    return StepTimeout(f"no answer within {draft.timeout_s:g} s", may_be_applied)
+
+
+def _check_placements(placements: Sequence[Placement]) -> Model:
+    if not placements:
+        raise ValueError("a step needs at least one entry, got none")
+    model = placements[0].mirror.model
+    for placement in placements:
+        _check_placement(placement, model)
+    if len({(placement.mirror, placement.layer) for placement in placements}) < len(placements):
+        raise ValueError("a step must have one entry per session and layer; send two steps")
+    return model
+
+
+def _check_placement(placement: Placement, model: Model) -> None:
+    mirror, layer, num_tokens, start_pos = placement
+    if mirror.is_closed:
+        raise ClientClosed(f"session {mirror.session_id} was closed; open a new one")
+    if mirror.model.name != model.name:
+        raise ValueError(f"a step is of one model, got {model.name!r} and {mirror.model.name!r}")
+    check_layer(layer, model)
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be 1 or more, got {num_tokens}")
+    if start_pos is not None and start_pos < 0:
+        raise ValueError(f"start_pos must be 0 or more, got {start_pos}")
+
+
+def check_layer(layer: int, model: Model) -> None:
+    """Check that a model has a layer.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if not 0 <= layer < model.num_layers:
+        raise ValueError(
+            f"layer must be from 0 to {model.num_layers - 1} in model {model.name!r}, got {layer}"
+        )
+
+
+def _host_arrays(tensors: tuple[Any, Any | None, Any | None]) -> dict[str, HostArray]:
+    q, k, v = tensors
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together; without both, the step only reads")
+    named = {"q": q} if k is None else {"q": q, "k": k, "v": v}
+    return {name: _tensors.to_host(name, value) for name, value in named.items()}
+
+
+def _check_arrays(arrays: dict[str, HostArray], model: Model, num_tokens: int) -> None:
+    for name, array in arrays.items():
+        num_heads = model.num_q_heads if name == "q" else model.num_kv_heads
+        _tensors.check_shape(name, array, (num_tokens, num_heads, model.head_dim))
+        _tensors.check_dtype(name, array, arrays["q"].dtype)
+
+
+def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bool) -> pb.Step:
+    header = pb.Step(
+        step_key=random_key() if has_kv else 0,
+        session_handles=[placement.mirror.handle for placement in placements],
+        layers=[placement.layer for placement in placements],
+        num_tokens=[placement.num_tokens for placement in placements],
+        return_lse=options.get("return_lse", False),
+    )
+    if not options.get("causal", True):
+        header.causal = False
+    return header

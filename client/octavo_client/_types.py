@@ -1,0 +1,185 @@
+"""What calls return, and what a batch is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo_client._errors import RefusedError
+
+if TYPE_CHECKING:
+    from octavo_client._async import AsyncSession
+    from octavo_client._sync import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A cache shape that the server serves.
+
+    Attributes:
+        name: Unique name.
+        num_layers: Layers, 0-based.
+        num_q_heads: Query heads; head h reads kv head h // (num_q_heads // num_kv_heads).
+        num_kv_heads: Key/value heads.
+        head_dim: Elements of one head.
+        block_size: Tokens of one block.
+        max_context: Most tokens that one session may hold.
+        num_blocks: Blocks in the pool.
+        num_free_blocks: Blocks that no session held when the server was asked.
+        sm_scale: [num_layers] softmax scale.
+        window: [num_layers] tokens of the sliding window, 0 = none.
+        soft_cap: [num_layers] soft cap of the scores, 0 = none.
+        sinks: [num_layers, num_q_heads] float32 attention sink logits, or None.
+        deterministic: Whether answers are the same bits whatever the batch and the number of threads.
+    """
+
+    name: str
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    max_context: int
+    num_blocks: int
+    num_free_blocks: int
+    sm_scale: tuple[float, ...]
+    window: tuple[int, ...]
+    soft_cap: tuple[float, ...]
+    sinks: NDArray[np.float32] | None = field(compare=False)
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """The server: its backend, its limits, and the models that it caches for.
+
+    Attributes:
+        version: Version of the server's software.
+        incarnation: Random name of the server process; every session id starts with it.
+        backend: Backend in use, such as "cpu".
+        backend_description: The backend's own words: instruction set, threads, device.
+        models: Models by name, in the order of the server's configuration.
+        max_message_bytes: Largest message that the server receives.
+        max_steps_in_flight: Steps of one stream that the server works on at once.
+        num_sessions: Open sessions when the server was asked.
+        max_sessions: Most sessions that the server keeps.
+    """
+
+    version: str
+    incarnation: str
+    backend: str
+    backend_description: str
+    models: Mapping[str, Model]
+    max_message_bytes: int
+    max_steps_in_flight: int
+    num_sessions: int
+    max_sessions: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionState:
+    """A session as the server reported it.
+
+    Attributes:
+        session_id: Name for people and for get_session, attach.
+        handle: Name on the wire's data calls.
+        model: Name of its model.
+        lengths: [num_layers] cached tokens.
+        num_blocks: Blocks that it holds.
+    """
+
+    session_id: str
+    handle: int
+    model: str
+    lengths: tuple[int, ...]
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a batch: the new tokens of one layer of one session.
+
+    Attributes:
+        session: An open session of the client that runs the batch.
+        layer: 0-based layer.
+        num_tokens: Rows of q, and of k and v, that are the entry's.
+        start_pos: Position of the first of them; None = the layer's length, or without k and v the position that makes
+            the last query the last cached token.
+    """
+
+    session: Session | AsyncSession
+    layer: int
+    num_tokens: int = 1
+    start_pos: int | None = None
+
+
+class StepOptions(TypedDict, total=False):
+    """What every decode call takes besides its tensors.
+
+    Attributes:
+        causal: Whether token i attends up to position start_pos + i (default); False, without k and v only: every query
+            attends to all that is cached.
+        return_lse: Whether the result carries the log-sum-exp; False by default.
+        timeout: Seconds from submit to result; Timeout.step_s by default.
+    """
+
+    causal: bool
+    return_lse: bool
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeResult:
+    """The answer to one entry.
+
+    Attributes:
+        out: [num_tokens, num_q_heads, head_dim] attention output, q's dtype and kind. A numpy array is read-only.
+        lse: [num_tokens, num_q_heads] float32 natural-log sum of exponentials of the attended scores, attention sinks
+            excluded; None when it was not asked for.
+    """
+
+    out: Any
+    lse: Any | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchResult:
+    """The answer to a batch.
+
+    Attributes:
+        out: [total_tokens, num_q_heads, head_dim] attention output of all entries one after the other, q's dtype and
+            kind; zeros for refused entries. A numpy array is read-only.
+        lse: [total_tokens, num_q_heads] float32, or None when it was not asked for.
+        errors: Refused entries, by entry index.
+        slices: Rows of each entry, so that out[slices[i]] is entry i's.
+    """
+
+    out: Any
+    lse: Any | None
+    errors: Mapping[int, RefusedError]
+    slices: tuple[slice, ...]
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, entry_idx: int) -> DecodeResult:
+        """Return one entry's answer.
+
+        Raises:
+            RefusedError: The entry was refused.
+        """
+        rows = self.slices[entry_idx]
+        error = self.errors.get(entry_idx % len(self.slices))
+        if error is not None:
+            raise error
+        return DecodeResult(self.out[rows], None if self.lse is None else self.lse[rows])
+
+    def raise_for_errors(self) -> BatchResult:
+        """Raise the first refused entry's error; return self when there is none."""
+        for entry_idx in sorted(self.errors):
+            raise self.errors[entry_idx]
+        return self

@@ -1,0 +1,87 @@
+"""Requests built and responses read: the shared, pure half of the sync and the asyncio client."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import numpy as np
+
+from octavo.v1 import octavo_pb2 as pb
+from octavo_client._types import Model, ServerInfo, SessionState
+
+PAGE_SIZE = 1000
+"""Sessions asked for at once when listing."""
+
+
+def random_key() -> int:
+    """Return a random step key, never 0, which would mean none."""
+    return secrets.randbits(64) or 1
+
+
+def open_request(model: str) -> pb.OpenSessionRequest:
+    """Return the request for a new session; sent again, it opens no second one."""
+    return pb.OpenSessionRequest(model=model, request_id=secrets.token_hex(16))
+
+
+def truncate_request(
+    session_id: str, length: int, expected_lengths: Sequence[int]
+) -> pb.TruncateSessionRequest:
+    """Return the request to truncate a session; empty `expected_lengths` = no guard.
+
+    Raises:
+        ValueError: The length is negative.
+    """
+    if length < 0:
+        raise ValueError(f"length must be 0 or more, got {length}")
+    return pb.TruncateSessionRequest(
+        session_id=session_id, length=length, expected_lengths=expected_lengths
+    )
+
+
+def read_server_info(response: pb.ServerInfoResponse) -> ServerInfo:
+    """Return the server's description of itself."""
+    models = {model.name: _read_model(model) for model in response.models}
+    return ServerInfo(
+        version=response.version,
+        incarnation=response.incarnation,
+        backend=response.backend,
+        backend_description=response.backend_description,
+        models=MappingProxyType(models),
+        max_message_bytes=response.max_message_bytes,
+        max_steps_in_flight=response.max_steps_in_flight,
+        num_sessions=response.num_sessions,
+        max_sessions=response.max_sessions,
+    )
+
+
+def read_session(session: pb.Session) -> SessionState:
+    """Return a session as the server reported it."""
+    return SessionState(
+        session_id=session.session_id,
+        handle=session.session_handle,
+        model=session.model,
+        lengths=tuple(session.lengths),
+        num_blocks=session.num_blocks,
+    )
+
+
+def _read_model(model: pb.Model) -> Model:
+    sinks = np.array(model.sinks, dtype=np.float32).reshape(-1, model.num_q_heads)
+    return Model(
+        name=model.name,
+        num_layers=model.num_layers,
+        num_q_heads=model.num_q_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=model.block_size,
+        max_context=model.max_context,
+        num_blocks=model.num_blocks,
+        num_free_blocks=model.num_free_blocks,
+        sm_scale=tuple(model.sm_scale),
+        window=tuple(model.window),
+        soft_cap=tuple(model.soft_cap),
+        sinks=sinks if sinks.size else None,
+        deterministic=model.deterministic,
+    )

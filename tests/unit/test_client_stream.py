@@ -1,0 +1,334 @@
+"""The sync and the asyncio client against a server that breaks, refuses and stays silent as planned."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import octavo_client as oc
+from octavo.v1 import octavo_pb2 as pb
+from tests.unit.client_fakes import (
+    HEAD_DIM,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    NUM_Q_HEADS,
+    FakeServer,
+    aborting,
+    fake_server,
+    refusing,
+    status,
+)
+
+QUICK = oc.Retry(max_attempts=5, initial_backoff_s=0.01, max_backoff_s=0.05)
+SILENCE = pb.StepResult()
+"""An answer that the fake server never sends."""
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with fake_server() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: FakeServer) -> Iterator[oc.Client]:
+    with oc.Client(server.target, retry=QUICK) as client:
+        yield client
+
+
+@pytest.fixture
+def session(client: oc.Client) -> oc.Session:
+    return client.open_session("tiny")
+
+
+def tensors(num_tokens: int = 1) -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(1)
+    shapes = [(num_tokens, heads, HEAD_DIM) for heads in (NUM_Q_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
+    q, k, v = (rng.standard_normal(shape).astype(np.float16) for shape in shapes)
+    return q, k, v
+
+
+def once(server: FakeServer, fault: Callable[[Any], pb.StepResult | None]) -> None:
+    """Plant a fault for the next step only."""
+
+    def act(step: Any) -> pb.StepResult | None:
+        server.on_step = lambda step: None
+        return fault(step)
+
+    server.on_step = act
+
+
+def break_after_applying(server: FakeServer) -> Callable[[Any], pb.StepResult | None]:
+    def act(step: Any) -> pb.StepResult:
+        server.serve(step)
+        server.end_streams()
+        return SILENCE
+
+    return act
+
+
+def break_before_applying(server: FakeServer) -> Callable[[Any], pb.StepResult | None]:
+    def act(_step: Any) -> pb.StepResult:
+        server.end_streams()
+        return SILENCE
+
+    return act
+
+
+def run(main: Callable[[oc.AsyncClient], Awaitable[None]], server: FakeServer) -> None:
+    async def with_client() -> None:
+        async with oc.AsyncClient(server.target, retry=QUICK) as client:
+            await main(client)
+
+    asyncio.run(with_client())
+
+
+@pytest.mark.parametrize("break_stream", [break_after_applying, break_before_applying])
+def test_a_broken_stream_is_survived_with_the_same_key(
+    server: FakeServer, session: oc.Session, break_stream: Any
+) -> None:
+    session.decode(0, *tensors())
+    once(server, break_stream(server))
+    q, k, v = tensors()
+    np.testing.assert_array_equal(session.decode(0, q, k, v).out, q)
+    first, again = server.steps[1:]
+    assert (again.step_key, again.start_pos) == (first.step_key, first.start_pos)
+    assert server.calls["Decode"] == 2
+    assert (server.lengths, session.lengths) == ([2, 0], (2, 0))
+
+
+@pytest.mark.parametrize("break_stream", [break_after_applying, break_before_applying])
+def test_a_broken_stream_is_survived_by_asyncio_too(server: FakeServer, break_stream: Any) -> None:
+    async def main(client: oc.AsyncClient) -> None:
+        session = await client.open_session("tiny")
+        once(server, break_stream(server))
+        futures = [await session.submit(0, *tensors()) for _ in range(3)]
+        await asyncio.gather(*futures)
+        assert (server.lengths, session.lengths) == ([3, 0], (3, 0))
+
+    run(main, server)
+    assert server.calls["Decode"] == 2
+
+
+def test_many_steps_survive_many_breaks(server: FakeServer, session: oc.Session) -> None:
+    faults = iter([break_after_applying, break_before_applying] * 2)
+    served = [0]
+
+    def act(step: Any) -> pb.StepResult | None:
+        served[0] += 1
+        if served[0] % 5 == 0:
+            fault = next(faults, None)
+            return fault(server)(step) if fault else None
+        return None
+
+    server.on_step = act
+    futures = [session.submit(layer, *tensors()) for _ in range(10) for layer in range(NUM_LAYERS)]
+    for future in futures:
+        future.result()
+    assert server.calls["Decode"] == 5
+    assert server.lengths == [10, 10]
+
+
+def test_results_come_in_any_order(server: FakeServer, session: oc.Session) -> None:
+    held: list[pb.StepResult] = []
+
+    def act(step: Any) -> pb.StepResult:
+        if not held:
+            held.append(server.serve(step))
+            return SILENCE
+        for results in server.streams:
+            results.put(server.serve(step))
+        return held[0]
+
+    server.on_step = act
+    finished: list[int] = []
+    futures = [session.submit(layer, *tensors()) for layer in range(NUM_LAYERS)]
+    for layer, future in enumerate(futures):
+        future.add_done_callback(partial(lambda layer, _: finished.append(layer), layer))
+    for future in futures:
+        future.result()
+    assert finished == [1, 0]
+
+
+def test_appends_of_a_layer_are_sent_one_by_one(server: FakeServer, session: oc.Session) -> None:
+    may_answer = threading.Event()
+
+    def act(_step: Any) -> None:
+        assert may_answer.wait(10)
+
+    server.on_step = act
+    futures = [session.submit(0, *tensors()) for _ in range(3)]
+    assert session.lengths == (3, 0)
+    time.sleep(0.1)
+    assert len(server.steps) == 1
+    may_answer.set()
+    for future in futures:
+        future.result()
+    assert [step.start_pos[0] for step in server.steps] == [0, 1, 2]
+
+
+def test_the_attempts_are_used_up(server: FakeServer, session: oc.Session) -> None:
+    server.before["Decode"] = aborting(UNAVAILABLE, times=99)
+    with pytest.raises(oc.ConnectionLost, match="planted break") as raised:
+        session.decode(0, *tensors())
+    assert raised.value.may_be_applied
+    assert isinstance(raised.value.__cause__, grpc.RpcError)
+    assert server.calls["Decode"] == QUICK.max_attempts
+
+
+def test_a_client_recovers_after_it_gave_up(server: FakeServer, session: oc.Session) -> None:
+    server.before["Decode"] = aborting(UNAVAILABLE, times=QUICK.max_attempts)
+    with pytest.raises(oc.ConnectionLost):
+        session.decode(0, *tensors())
+    num_asked = server.calls["GetSession"]
+    session.decode(0, *tensors())
+    assert server.calls["GetSession"] == num_asked + 1, "a stale mirror was relied on"
+    assert session.lengths == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        status("STREAM_LIMIT", "RESOURCE_EXHAUSTED", retry_after_s=0.05, limit=1),
+        status("DRAINING", "UNAVAILABLE", retry_after_s=0.05),
+    ],
+)
+def test_a_refused_stream_is_opened_again(
+    server: FakeServer, session: oc.Session, refusal: Any
+) -> None:
+    server.before["Decode"] = refusing(refusal, times=2)
+    session.decode(0, *tensors())
+    assert server.calls["Decode"] == 3
+
+
+def test_another_refusal_of_the_stream_is_final(server: FakeServer, session: oc.Session) -> None:
+    server.before["Decode"] = refusing(status("DEVICE_FAILURE", "INTERNAL"))
+    with pytest.raises(oc.DeviceFailure):
+        session.decode(0, *tensors())
+    assert server.calls["Decode"] == 1
+
+
+def test_a_step_refused_by_a_draining_server_goes_to_the_next(
+    server: FakeServer, session: oc.Session
+) -> None:
+    refusal = status("DRAINING", "UNAVAILABLE")
+    once(server, lambda step: pb.StepResult(step_id=step.step_id, error=refusal))
+    session.decode(0, *tensors())
+    assert server.calls["Decode"] == 2
+    assert session.lengths == (1, 0)
+
+
+def test_a_draining_server_is_left_by_asyncio_too(server: FakeServer) -> None:
+    refusal = status("DRAINING", "UNAVAILABLE")
+    once(server, lambda step: pb.StepResult(step_id=step.step_id, error=refusal))
+
+    async def main(client: oc.AsyncClient) -> None:
+        session = await client.open_session("tiny")
+        await session.decode(0, *tensors())
+        assert session.lengths == (1, 0)
+
+    run(main, server)
+    assert server.calls["Decode"] == 2
+
+
+def test_capacity_is_not_waited_for(server: FakeServer, session: oc.Session) -> None:
+    refusal = status("OUT_OF_BLOCKS", "RESOURCE_EXHAUSTED", 0.5, required_blocks=2, free_blocks=1)
+    once(server, lambda step: pb.StepResult(step_id=step.step_id, error=refusal))
+    with pytest.raises(oc.OutOfBlocks) as raised:
+        session.decode(0, *tensors())
+    assert (raised.value.retry_after_s, raised.value.required_blocks) == (0.5, 2)
+    assert (session.lengths, len(server.steps)) == ((0, 0), 1)
+
+
+def test_silence_ends_in_a_timeout_that_says_what_is_known(
+    server: FakeServer, session: oc.Session
+) -> None:
+    server.on_step = lambda step: SILENCE
+    futures = [session.submit(0, *tensors(), timeout=seconds) for seconds in (0.2, 0.1)]
+    fates = [future.exception(10) for future in futures]
+    assert [(type(fate), fate.may_be_applied) for fate in fates] == [  # type: ignore[union-attr]
+        (oc.StepTimeout, True),
+        (oc.StepTimeout, False),
+    ]
+    assert server.steps[0].timeout_ms <= 180
+    server.on_step = lambda step: None
+    session.decode(0, *tensors())
+    assert server.calls["GetSession"] == 1
+
+
+def test_a_short_timeout_after_a_long_one(server: FakeServer, session: oc.Session) -> None:
+    server.on_step = lambda step: SILENCE
+    long = session.submit(0, *tensors(), timeout=30.0)
+    with pytest.raises(oc.StepTimeout):
+        session.decode(1, *tensors(), timeout=0.1)
+    assert not long.done()
+
+
+def test_asyncio_timeouts_and_cancelling(server: FakeServer) -> None:
+    async def main(client: oc.AsyncClient) -> None:
+        session = await client.open_session("tiny")
+        server.on_step = lambda step: SILENCE
+        with pytest.raises(oc.StepTimeout) as raised:
+            await session.decode(0, *tensors(), timeout=0.1)
+        assert raised.value.may_be_applied
+        await session.refresh()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(session.decode(0, *tensors()), 0.1)
+        server.on_step = lambda step: None
+        # The step given up holds nothing back, and its fate is asked for.
+        await session.decode(0, *tensors())
+        assert server.calls["GetSession"] == 2
+
+    run(main, server)
+
+
+def test_an_answer_that_makes_no_sense_harms_only_its_step(
+    server: FakeServer, session: oc.Session
+) -> None:
+    bad = pb.Tensor(data=b"abc", dtype=pb.DATA_TYPE_FLOAT16, shape=[1])
+    once(server, lambda step: pb.StepResult(step_id=step.step_id, out=bad))
+    with pytest.raises(oc.OctavoError, match="makes no sense"):
+        session.decode(0, *tensors())
+    session.decode(1, *tensors())
+    assert server.calls["Decode"] == 1
+
+
+def test_closing_fails_what_is_in_flight(server: FakeServer, client: oc.Client) -> None:
+    session = client.open_session("tiny")
+    server.on_step = lambda step: SILENCE
+    future: Future[Any] = session.submit(0, *tensors())
+    client.close()
+    assert isinstance(future.exception(10), oc.ClientClosed)
+    with pytest.raises(oc.ClientClosed):
+        session.decode(0, *tensors())
+    with pytest.raises(oc.ClientClosed):
+        client.server_info()
+    names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"octavo-decode", "octavo-deadlines"}
+
+
+def test_closing_asyncio_fails_what_is_in_flight(server: FakeServer) -> None:
+    async def main(client: oc.AsyncClient) -> None:
+        session = await client.open_session("tiny")
+        server.on_step = lambda step: SILENCE
+        future = await session.submit(0, *tensors())
+        await client.close()
+        with pytest.raises(oc.ClientClosed):
+            await future
+        with pytest.raises(oc.ClientClosed):
+            await session.decode(0, *tensors())
+        with pytest.raises(oc.ClientClosed):
+            await client.server_info()
+
+    run(main, server)
