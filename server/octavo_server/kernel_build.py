@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,9 +65,10 @@ def build_cpu_kernels(verbose: bool = False) -> Path:
         verbose: Show the compiler's commands and output.
 
     Raises:
-        UnsupportedError: There is no compiler or no ninja, or the compiler failed.
+        UnsupportedError: There is no compiler or no ninja, the compiler failed, or the library cannot
+            be kept.
     """
-    return build_library(find_csrc(), cache_directory(), _compile_with_torch, verbose=verbose)
+    return build_library(find_csrc(), cache_directory(), compile_with_torch, verbose=verbose)
 
 
 def cache_directory() -> Path:
@@ -81,7 +83,7 @@ def build_library(csrc: Path, cache: Path, compile_: Compile, *, verbose: bool) 
     """Return the library of the sources under `csrc`, built with `compile_` unless it is cached.
 
     Args:
-        csrc: Sources; everything under it counts for the hash, `cpu` and `bindings` are compiled.
+        csrc: Sources; all of them count for the hash, the .cpp files are compiled.
         cache: Where builds are kept.
         compile_: The compiler.
         verbose: Passed on to it.
@@ -93,7 +95,7 @@ def build_library(csrc: Path, cache: Path, compile_: Compile, *, verbose: bool) 
     library = cache / f"{content}-{_short_hash([compiler])}" / f"{CPU_LIBRARY}.so"
     if library.exists():
         return library
-    with _locked(cache / f"{library.parent.name}.lock"):
+    with _locked(library.parent):
         if not library.exists():  # another process may have built it meanwhile
             _build(csrc, library, compile_, verbose=verbose)
     return library
@@ -111,7 +113,7 @@ def compiler_version() -> str | None:
     """Return the C++ compiler's name and version, None when there is none."""
     try:
         answer = subprocess.run(
-            [_compiler(), "--version"], capture_output=True, text=True, check=True
+            [*shlex.split(_compiler()), "--version"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -142,10 +144,17 @@ def _any_build(cache: Path, content: str) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel drops when its process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
+def _locked(directory: Path) -> Iterator[None]:
+    """Make a directory and hold its lock, which the kernel drops when this process dies."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("w")
+    except OSError as error:
+        raise UnsupportedError(
+            f"the cpu backend cannot keep its kernels in {directory}: {error}; set "
+            "OCTAVO_CACHE_DIR to a directory that can be written"
+        ) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -154,7 +163,6 @@ def _build(csrc: Path, library: Path, compile_: Compile, *, verbose: bool) -> No
     """Compile in a scratch directory and rename the library into its place."""
     log.info("compiling the CPU kernels for this machine: about a minute, once")
     start_s = time.monotonic()
-    library.parent.mkdir(parents=True, exist_ok=True)
     sources = [path for path in _sources(csrc) if path.suffix == ".cpp"]
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as scratch:
         try:
@@ -171,7 +179,7 @@ def _failure_text(output: str, log_path: Path) -> str:
     return f"compiling the CPU kernels failed; all of it is in {log_path}, the end is:\n{tail}"
 
 
-def _compile_with_torch(sources: Sequence[Path], directory: Path, verbose: bool) -> Path:
+def compile_with_torch(sources: Sequence[Path], directory: Path, verbose: bool) -> Path:
     """Compile through torch's own extension builder, which drives ninja, and loads the library."""
     # Costs most of a second, and is needed once: not at module level.
     from torch.utils import cpp_extension  # noqa: PLC0415

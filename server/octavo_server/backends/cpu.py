@@ -6,7 +6,8 @@ scales `[block][kv_head][slot]`. The kernels and what they promise are in csrc/c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -49,10 +50,12 @@ class CpuBackend:
         if isa is not None and isa not in isas:
             raise UnsupportedError(f"isa must be one of {', '.join(isas)} on this cpu, got {isa!r}")
         self._ops = _load_ops()
-        self._runtime = self._ops.make_runtime(num_threads, isa or "")
+        self._runtime: int = self._ops.make_runtime(num_threads, isa or "")
+        weakref.finalize(self, self._ops.free_runtime, self._runtime).atexit = False
         self.num_threads: int = self._ops.runtime_threads(self._runtime)
         self.isa: str = self._ops.runtime_isa(self._runtime)
         self.description = f"cpu: {self.isa}, {self.num_threads} threads"
+        self._last_batch: tuple[RaggedBatch, list[torch.Tensor]] | None = None
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raise UnsupportedError for a head_dim or block_size that the kernels do not take."""
@@ -97,7 +100,7 @@ class CpuBackend:
             for pool in (layer.k_codes, layer.v_codes, layer.k_scales, layer.v_scales)
         ]
         sinks = spec.sinks if spec.sinks is not None else np.empty((0, spec.num_q_heads))
-        prepared = self._ops.make_cache(
+        handle = self._ops.make_cache(
             pools,
             spec.num_q_heads,
             torch.tensor(spec.sm_scale, dtype=torch.float32),
@@ -106,7 +109,7 @@ class CpuBackend:
             torch.tensor(sinks, dtype=torch.float32),
             spec.deterministic,
         )
-        return PagedInt8Cache(spec, num_blocks, layers, prepared)
+        return PagedInt8Cache(spec, num_blocks, layers, _BoundCache(handle, self._ops.free_cache))
 
     def int8_kv_append_paged(
         self, cache: PagedInt8Cache, batch: RaggedBatch, k: HostArray, v: HostArray
@@ -115,8 +118,8 @@ class CpuBackend:
         offences = np.empty(batch.num_entries, np.int64)
         self._ops.append(
             self._runtime,
-            cache.prepared,
-            _batch_tensors(batch),
+            cache.prepared.handle,
+            self._batch_tensors(batch),
             _as_tensor(k),
             _as_tensor(v),
             torch.from_numpy(offences),
@@ -132,8 +135,8 @@ class CpuBackend:
         offences = np.empty(batch.num_entries, np.int64)
         self._ops.decode(
             self._runtime,
-            cache.prepared,
-            _batch_tensors(batch),
+            cache.prepared.handle,
+            self._batch_tensors(batch),
             _as_tensor(q),
             _as_tensor(out),
             _NO_LSE if lse is None else torch.from_numpy(lse),
@@ -144,7 +147,7 @@ class CpuBackend:
     def copy_blocks(self, cache: PagedInt8Cache, copies: Sequence[tuple[int, int]]) -> None:
         """Copy block `source` to block `target` in every layer, for each (source, target)."""
         pairs = torch.tensor(copies, dtype=torch.int64).view(-1, 2)
-        self._ops.copy_blocks(self._runtime, cache.prepared, pairs)
+        self._ops.copy_blocks(self._runtime, cache.prepared.handle, pairs)
 
     def read_tokens(
         self, cache: PagedInt8Cache, layer: int, slots: NDArray[np.int64]
@@ -160,6 +163,31 @@ class CpuBackend:
             pools.v_codes[blocks, :, offsets].numpy(),
             pools.v_scales[blocks, :, offsets].numpy(),
         )
+
+    def _batch_tensors(self, batch: RaggedBatch) -> list[torch.Tensor]:
+        """Return the batch's arrays in the operations' order; a step asks twice for the same."""
+        if self._last_batch is None or self._last_batch[0] is not batch:
+            arrays: tuple[NDArray[Any], ...] = (
+                batch.layers,
+                batch.start_pos,
+                batch.token_starts,
+                batch.kv_lens,
+                batch.is_causal,
+                batch.block_tables,
+                batch.slot_mapping,
+            )
+            self._last_batch = batch, [_as_tensor(array) for array in arrays]
+        return self._last_batch[1]
+
+
+class _BoundCache:
+    """A cache's pointers and options on the C++ side; they go when this does."""
+
+    __slots__ = ("__weakref__", "handle")
+
+    def __init__(self, handle: int, free_cache: Callable[[int], None]) -> None:
+        self.handle = handle
+        weakref.finalize(self, free_cache, handle).atexit = False
 
 
 def available_isas() -> tuple[str, ...]:
@@ -184,20 +212,6 @@ def _does_not_fit(spec: ModelSpec, num_blocks: int, layer_bytes: int, free_bytes
         f"one layer of {spec.name} with {num_blocks} blocks takes {layer_bytes} bytes, this host "
         f"has {free_bytes} free; lower num_blocks or memory"
     )
-
-
-def _batch_tensors(batch: RaggedBatch) -> list[torch.Tensor]:
-    """Return the batch's arrays in the order that the operations take."""
-    arrays: Iterable[NDArray[Any]] = (
-        batch.layers,
-        batch.start_pos,
-        batch.token_starts,
-        batch.kv_lens,
-        batch.is_causal,
-        batch.block_tables,
-        batch.slot_mapping,
-    )
-    return [_as_tensor(array) for array in arrays]
 
 
 def _as_tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -1,0 +1,305 @@
+// Decode: plans a ragged batch into items for the threads, and puts their results together.
+//
+// The rows of a kv head (query token, query head of the group) are cut into tiles of up to 8, which
+// share each read of K and V. A tile attends to one run of context, cut into spans; each span ends
+// in a partial softmax state, and the states merge in span order, whoever computed them. In a
+// deterministic model the spans are 1024 positions each, so the answer depends on the session
+// alone; else one span does unless there are too few tiles for the threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "batch_checks.h"
+#include "half.h"
+#include "octavo/cpu_ops.h"
+#include "octavo/offence.h"
+#include "runtime.h"
+
+namespace octavo::cpu {
+namespace {
+
+constexpr int32_t kDeterministicSpan = 1024;
+constexpr int32_t kMinSpan = 256;
+constexpr int64_t kItemsPerThread = 4;  // enough to even out threads that run at different speeds
+
+int64_t CeilDivide(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Positions [begin, end) that a row of an entry attends to.
+struct Range {
+  int32_t begin;
+  int32_t end;
+};
+
+Range AttendedRange(const DecodeParams& params, int32_t entry, int32_t row) {
+  const RaggedBatch& batch = params.batch;
+  const int32_t kv_len = batch.kv_lens[entry];
+  if (!batch.is_causal[entry]) return {0, kv_len};
+  const int32_t window = params.cache.options[batch.layers[entry]].window;
+  const int32_t end = batch.start_pos[entry] + row / params.cache.GroupSize() + 1;
+  return {window > 0 ? std::max(0, end - window) : 0, std::min(end, kv_len)};
+}
+
+// Appends the tiles of one kv head of an entry; rows are shared out evenly over as few as will do.
+void PlanTiles(const DecodeParams& params, int32_t entry, int32_t kv_head,
+               std::vector<RowTile>* tiles) {
+  const int32_t num_rows = params.batch.NumTokens(entry) * params.cache.GroupSize();
+  const auto num_tiles = static_cast<int32_t>(CeilDivide(num_rows, kMaxTileRows));
+  for (int32_t i = 0; i < num_tiles; ++i) {
+    RowTile tile = {};
+    tile.entry = entry;
+    tile.kv_head = kv_head;
+    tile.first_row = static_cast<int32_t>(static_cast<int64_t>(num_rows) * i / num_tiles);
+    const int64_t end_row = static_cast<int64_t>(num_rows) * (i + 1) / num_tiles;
+    tile.num_rows = static_cast<int32_t>(end_row) - tile.first_row;
+    // Both ends of a row's range grow with its position.
+    tile.begin = AttendedRange(params, entry, tile.first_row).begin;
+    tile.end = AttendedRange(params, entry, tile.first_row + tile.num_rows - 1).end;
+    tiles->push_back(tile);
+  }
+}
+
+// Positions of one span: fixed, or so that the work of the launch goes round the threads.
+int32_t SpanLength(const PagedInt8Cache& cache, int64_t share) {
+  if (cache.is_deterministic) return kDeterministicSpan;
+  const int64_t rounded = CeilDivide(std::max<int64_t>(share, kMinSpan), kTileTokens) * kTileTokens;
+  return static_cast<int32_t>(std::min<int64_t>(rounded, 1 << 30));
+}
+
+// Cuts the tiles into items. A tile's spans become items of their own only where the tile is more
+// than one thread's share, `share` positions.
+void PlanItems(int32_t span_len, int64_t share, DecodeWorkspace* workspace) {
+  for (size_t i = 0; i < workspace->tiles.size(); ++i) {
+    RowTile& tile = workspace->tiles[i];
+    const int32_t num_positions = tile.end - tile.begin;
+    tile.num_spans = static_cast<int32_t>(CeilDivide(tile.end, span_len)) - tile.begin / span_len;
+    tile.is_shared = tile.num_spans > 1 && num_positions > share;
+    tile.first_state = workspace->num_states;
+    if (tile.is_shared) workspace->num_states += tile.num_spans;
+    const int32_t num_items = tile.is_shared ? tile.num_spans : 1;
+    for (int32_t span = 0; span < num_items; ++span) {
+      workspace->items.push_back({static_cast<int32_t>(i), span});
+    }
+  }
+}
+
+void ReserveStates(DecodeWorkspace* workspace) {
+  if (workspace->num_states > workspace->states_capacity) {
+    workspace->states_capacity = 0;
+    workspace->states.reset(new SpanState[workspace->num_states]);
+    workspace->states_capacity = workspace->num_states;
+  }
+  const auto num_tiles = static_cast<int64_t>(workspace->tiles.size());
+  if (num_tiles > workspace->counts_capacity) {
+    workspace->counts_capacity = 0;
+    workspace->num_spans_done.reset(new std::atomic<int32_t>[num_tiles]);
+    workspace->counts_capacity = num_tiles;
+  }
+  for (int64_t i = 0; i < num_tiles; ++i) workspace->num_spans_done[i] = 0;
+}
+
+// One launch of decode: its parameters, its plan, and the steps that a thread takes.
+class DecodeLaunch {
+ public:
+  DecodeLaunch(const DecodeParams& params, Runtime& runtime)
+      : params_(params), runtime_(runtime), workspace_(runtime.workspace) {}
+
+  void Plan();
+  void Run();
+  void ClearSkippedEntries();
+
+ private:
+  int64_t OutRow(const RowTile& tile, int32_t row) const;
+  void LoadQueries(const RowTile& tile, bool is_checked, float* q) const;
+  SpanParams MakeSpanParams(const RowTile& tile, const float* q) const;
+  void SetSpan(const RowTile& tile, int32_t span_idx, SpanParams* span) const;
+  void RunItem(const DecodeItem& item) const;
+  void AttendAllSpans(const RowTile& tile, SpanParams* span) const;
+  void AttendOneSpan(const DecodeItem& item, SpanParams* span) const;
+  void MergeRows(const RowTile& tile, const SpanState& other, SpanState* state) const;
+  void StoreRows(const RowTile& tile, const SpanState& state) const;
+
+  const DecodeParams& params_;
+  Runtime& runtime_;
+  DecodeWorkspace& workspace_;
+  int32_t span_len_ = 0;
+  int64_t num_codes_ = 0;  // read in all, by all tiles
+};
+
+void DecodeLaunch::Plan() {
+  workspace_.tiles.clear();
+  workspace_.items.clear();
+  workspace_.num_states = 0;
+  for (int32_t entry = 0; entry < params_.batch.num_entries; ++entry) {
+    if (params_.batch.kv_lens[entry] == 0) continue;
+    for (int32_t kv_head = 0; kv_head < params_.cache.num_kv_heads; ++kv_head) {
+      PlanTiles(params_, entry, kv_head, &workspace_.tiles);
+    }
+  }
+  int64_t num_positions = 0;
+  for (const RowTile& tile : workspace_.tiles) num_positions += tile.end - tile.begin;
+  num_codes_ = 2 * num_positions * params_.cache.head_dim;
+  const int num_threads = runtime_.threads.num_threads();
+  const int64_t share =
+      num_threads == 1 ? num_positions : CeilDivide(num_positions, num_threads * kItemsPerThread);
+  span_len_ = SpanLength(params_.cache, share);
+  PlanItems(span_len_, share, &workspace_);
+  ReserveStates(&workspace_);
+}
+
+void DecodeLaunch::Run() {
+  const auto num_items = static_cast<int64_t>(workspace_.items.size());
+  runtime_.threads.ForEach(num_items, num_codes_ >= kMinSharedCodes,
+                           [this](int64_t item) { RunItem(workspace_.items[item]); });
+}
+
+// An entry without context has no answer: zeros, and the log of an empty sum.
+void DecodeLaunch::ClearSkippedEntries() {
+  const RaggedBatch& batch = params_.batch;
+  const int64_t num_heads = params_.cache.num_q_heads;
+  const int64_t row_bytes = params_.cache.head_dim * ElementBytes(params_.dtype);
+  for (int32_t entry = 0; entry < batch.num_entries; ++entry) {
+    if (batch.kv_lens[entry] != 0) continue;
+    const int64_t first_row = batch.token_starts[entry] * num_heads;
+    const int64_t num_rows = batch.NumTokens(entry) * num_heads;
+    std::memset(static_cast<char*>(params_.out) + first_row * row_bytes, 0, num_rows * row_bytes);
+    if (params_.lse == nullptr) continue;
+    std::fill_n(params_.lse + first_row, num_rows, -std::numeric_limits<float>::infinity());
+  }
+}
+
+// The index of a tile's row into [total_tokens, num_q_heads].
+int64_t DecodeLaunch::OutRow(const RowTile& tile, int32_t row) const {
+  const int32_t group_size = params_.cache.GroupSize();
+  const int32_t entry_row = tile.first_row + row;
+  const int64_t token = params_.batch.token_starts[tile.entry] + entry_row / group_size;
+  return token * params_.cache.num_q_heads + tile.kv_head * group_size + entry_row % group_size;
+}
+
+// q: [num_rows, kMaxHeadDim]; written.
+void DecodeLaunch::LoadQueries(const RowTile& tile, bool is_checked, float* q) const {
+  const int32_t head_dim = params_.cache.head_dim;
+  const int64_t row_bytes = head_dim * ElementBytes(params_.dtype);
+  for (int32_t row = 0; row < tile.num_rows; ++row) {
+    const int64_t out_row = OutRow(tile, row);
+    const char* source = static_cast<const char*>(params_.q) + out_row * row_bytes;
+    const uint32_t amax_bits =
+        runtime_.kernels.load_row(params_.dtype, source, head_dim, q + row * kMaxHeadDim);
+    if (!is_checked || amax_bits < kFloatInfBits) continue;
+    const int64_t num_q_heads = params_.cache.num_q_heads;
+    const int64_t token = out_row / num_q_heads - params_.batch.token_starts[tile.entry];
+    RecordOffence(
+        &params_.offences[tile.entry],
+        PackOffence(OffenceField::kQ, token, out_row % num_q_heads, OffenceKind::kNonFinite));
+  }
+}
+
+SpanParams DecodeLaunch::MakeSpanParams(const RowTile& tile, const float* q) const {
+  const int32_t layer = params_.batch.layers[tile.entry];
+  SpanParams span = {};
+  span.cache = &params_.cache;
+  span.layer = &params_.cache.layers[layer];
+  span.options = &params_.cache.options[layer];
+  span.block_table = params_.batch.BlockTable(tile.entry);
+  span.kv_head = tile.kv_head;
+  span.kv_len = params_.batch.kv_lens[tile.entry];
+  span.num_rows = tile.num_rows;
+  span.q = q;
+  for (int32_t row = 0; row < tile.num_rows; ++row) {
+    const Range range = AttendedRange(params_, tile.entry, tile.first_row + row);
+    span.row_begin[row] = range.begin;
+    span.row_end[row] = range.end;
+  }
+  return span;
+}
+
+// Span i of a tile is the i-th run of span_len_ positions that holds some of the tile's.
+void DecodeLaunch::SetSpan(const RowTile& tile, int32_t span_idx, SpanParams* span) const {
+  const int64_t first = (tile.begin / span_len_ + int64_t{span_idx}) * span_len_;
+  span->begin = static_cast<int32_t>(std::max<int64_t>(tile.begin, first));
+  span->end = static_cast<int32_t>(std::min<int64_t>(tile.end, first + span_len_));
+}
+
+void DecodeLaunch::RunItem(const DecodeItem& item) const {
+  const RowTile& tile = workspace_.tiles[item.tile_idx];
+  alignas(64) float q[kMaxTileRows * kMaxHeadDim];
+  LoadQueries(tile, item.span_idx == 0, q);
+  SpanParams span = MakeSpanParams(tile, q);
+  if (tile.is_shared) {
+    AttendOneSpan(item, &span);
+  } else {
+    AttendAllSpans(tile, &span);
+  }
+}
+
+void DecodeLaunch::AttendAllSpans(const RowTile& tile, SpanParams* span) const {
+  SpanState state, next;
+  SetSpan(tile, 0, span);
+  runtime_.kernels.attend_span(*span, &state);
+  for (int32_t span_idx = 1; span_idx < tile.num_spans; ++span_idx) {
+    SetSpan(tile, span_idx, span);
+    runtime_.kernels.attend_span(*span, &next);
+    MergeRows(tile, next, &state);
+  }
+  StoreRows(tile, state);
+}
+
+// The thread that finishes a tile's last span merges them all.
+void DecodeLaunch::AttendOneSpan(const DecodeItem& item, SpanParams* span) const {
+  const RowTile& tile = workspace_.tiles[item.tile_idx];
+  SpanState* states = &workspace_.states[tile.first_state];
+  SetSpan(tile, item.span_idx, span);
+  runtime_.kernels.attend_span(*span, &states[item.span_idx]);
+  if (workspace_.num_spans_done[item.tile_idx].fetch_add(1) + 1 < tile.num_spans) return;
+  for (int32_t i = 1; i < tile.num_spans; ++i) MergeRows(tile, states[i], &states[0]);
+  StoreRows(tile, states[0]);
+}
+
+void DecodeLaunch::MergeRows(const RowTile& tile, const SpanState& other, SpanState* state) const {
+  for (int32_t row = 0; row < tile.num_rows; ++row) {
+    float own_factor, other_factor;
+    state->softmax[row].Merge(other.softmax[row], &own_factor, &other_factor);
+    float* values = state->values + row * kMaxHeadDim;
+    const float* other_values = other.values + row * kMaxHeadDim;
+    for (int32_t d = 0; d < params_.cache.head_dim; ++d) {
+      values[d] = values[d] * own_factor + other_values[d] * other_factor;
+    }
+  }
+}
+
+void DecodeLaunch::StoreRows(const RowTile& tile, const SpanState& state) const {
+  const PagedInt8Cache& cache = params_.cache;
+  const float* sinks = cache.options[params_.batch.layers[tile.entry]].sinks;
+  const int64_t row_bytes = cache.head_dim * ElementBytes(params_.dtype);
+  for (int32_t row = 0; row < tile.num_rows; ++row) {
+    const SoftmaxState& softmax = state.softmax[row];
+    const int64_t out_row = OutRow(tile, row);
+    const float* sink = sinks == nullptr ? nullptr : sinks + out_row % cache.num_q_heads;
+    runtime_.kernels.store_row(params_.dtype, state.values + row * kMaxHeadDim,
+                               softmax.Normalize(sink), cache.head_dim,
+                               static_cast<char*>(params_.out) + out_row * row_bytes);
+    if (params_.lse != nullptr) params_.lse[out_row] = softmax.Lse();
+  }
+}
+
+}  // namespace
+
+Status DecodePagedInt8(const DecodeParams& params, Runtime& runtime) {
+  const Status status = CheckDecodeBatch(params.cache, params.batch);
+  if (status != Status::kOk) return status;
+  const ScopedFloatEnvironment environment;
+  std::fill_n(params.offences, params.batch.num_entries, kNoOffence);
+  DecodeLaunch launch(params, runtime);
+  try {
+    launch.Plan();
+  } catch (const std::bad_alloc&) {
+    return Status::kOutOfMemory;
+  }
+  launch.ClearSkippedEntries();
+  launch.Run();
+  return Status::kOk;
+}
+
+}  // namespace octavo::cpu

@@ -1,0 +1,88 @@
+// The kernels of one instruction set, as a table of functions, and the choice among them.
+//
+// The kernels (row_kernels.h, attention_kernels.h) are written once, against a small vocabulary of
+// vector operations (simd_*.h), and compiled once per instruction set (isa_*.cpp).
+
+#ifndef OCTAVO_CPU_ISA_H_
+#define OCTAVO_CPU_ISA_H_
+
+#include <cstdint>
+
+#include "octavo/paged_cache.h"
+
+namespace octavo::cpu {
+
+// Rows of one kv head (query token, query head of the group) that share each read of K and V.
+inline constexpr int kMaxTileRows = 8;
+
+// Tokens whose scores are taken before the softmax state moves.
+inline constexpr int kTileTokens = 64;
+
+// Some rows of one kv head over a run of context.
+struct SpanParams {
+  const PagedInt8Cache* cache;
+  const PagedInt8Layer* layer;
+  const LayerOptions* options;
+  const int32_t* block_table;  // block ids of the context, from position 0
+  int32_t kv_head;
+  int32_t kv_len;                   // valid tokens; nothing at or past it is used
+  int32_t begin;                    // first position of the span
+  int32_t end;                      // one past its last
+  int32_t num_rows;                 // 1 .. kMaxTileRows
+  const float* q;                   // [num_rows, kMaxHeadDim]
+  int32_t row_begin[kMaxTileRows];  // [num_rows] row r attends to [row_begin[r], row_end[r])
+  int32_t row_end[kMaxTileRows];
+};
+
+// The online softmax of one row: the largest score so far, and the sum of exp(score - max).
+// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.)
+struct SoftmaxState {
+  float max;
+  float sum;
+
+  static SoftmaxState Init();
+  // Takes in another state; returns the factors for this and the other's weighted values.
+  void Merge(const SoftmaxState& other, float* own_factor, float* other_factor);
+  // The factor that turns weighted values into the output, with `sink` (may be null) in the
+  // denominator.
+  float Normalize(const float* sink) const;
+  // The natural log of the sum of exp(score), without a sink.
+  float Lse() const;
+};
+
+// What attention over a span leaves behind.
+struct SpanState {
+  SoftmaxState softmax[kMaxTileRows];
+  alignas(64) float values[kMaxTileRows * kMaxHeadDim];  // [num_rows, kMaxHeadDim] weighted sums
+};
+
+// The kernels of one instruction set.
+struct IsaKernels {
+  const char* name;
+
+  // Converts num_elements (a multiple of 8) of dtype to FP32. Returns the largest absolute value,
+  // as bits: 0x7f800000 and more say that not all are finite.
+  uint32_t (*load_row)(DataType dtype, const void* source, int num_elements, float* row);
+
+  // Converts row * factor to dtype, to nearest even.
+  void (*store_row)(DataType dtype, const float* row, float factor, int num_elements, void* target);
+
+  // Rounds row * inverse_scale to nearest even codes.
+  void (*quantize_row)(const float* row, float inverse_scale, int num_elements, int8_t* codes);
+
+  // Attends over a span from a fresh state.
+  void (*attend_span)(const SpanParams& params, SpanState* state);
+};
+
+// Each returns null on a machine that lacks the instruction set.
+const IsaKernels* Avx512Kernels();
+const IsaKernels* Avx2Kernels();
+const IsaKernels* PortableKernels();
+
+// Returns the kernels called `name`, or the fastest of this machine for an empty one; null when
+// there are none.
+const IsaKernels* FindKernels(const char* name);
+
+}  // namespace octavo::cpu
+
+#endif  // OCTAVO_CPU_ISA_H_

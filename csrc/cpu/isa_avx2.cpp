@@ -1,0 +1,55 @@
+// The kernels in AVX2.
+//
+// Headers shared with other translation units come before the target changes: an inline function
+// compiled for AVX2 here could otherwise be the copy that the linker keeps for all.
+
+#include "isa.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "half.h"
+#include "octavo/paged_cache.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+// clang-format off: the vocabulary comes before what is written in it
+#include "simd_avx2.h"
+#include "vector_math.h"
+#include "attention_kernels.h"
+#include "row_kernels.h"
+// clang-format on
+
+#pragma GCC pop_options
+
+namespace octavo::cpu {
+namespace {
+
+bool IsSupported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+
+const IsaKernels* Avx2Kernels() {
+  static constexpr IsaKernels kKernels = {"avx2", LoadRow, StoreRow, QuantizeRow, AttendSpan};
+  static const bool is_supported = IsSupported();
+  return is_supported ? &kKernels : nullptr;
+}
+
+}  // namespace octavo::cpu
+
+#else
+
+namespace octavo::cpu {
+
+const IsaKernels* Avx2Kernels() { return nullptr; }
+
+}  // namespace octavo::cpu
+
+#endif

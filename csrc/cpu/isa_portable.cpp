@@ -1,0 +1,18 @@
+// The kernels in vector extensions that every machine has.
+
+#include "isa.h"
+// clang-format off: the vocabulary comes before what is written in it
+#include "simd_portable.h"
+#include "vector_math.h"
+#include "attention_kernels.h"
+#include "row_kernels.h"
+// clang-format on
+
+namespace octavo::cpu {
+
+const IsaKernels* PortableKernels() {
+  static constexpr IsaKernels kKernels = {"portable", LoadRow, StoreRow, QuantizeRow, AttendSpan};
+  return &kKernels;
+}
+
+}  // namespace octavo::cpu

@@ -1,0 +1,106 @@
+// Rows in and out: conversion to and from FP32, and the quantiser's rounding. Include after a
+// simd_*.h.
+//
+// head_dim is a multiple of 8, so only 16 lanes leave a remainder; it is done with the scalar
+// conversions, which round alike.
+
+#ifndef OCTAVO_CPU_ROW_KERNELS_H_
+#define OCTAVO_CPU_ROW_KERNELS_H_
+
+#include "half.h"
+#include "octavo/paged_cache.h"
+
+namespace octavo::cpu {
+namespace {
+
+struct Float32Codec {
+  using Element = float;
+  static Floats Load(const float* p) { return cpu::Load(p); }
+  static void Store(float* p, Floats x) { cpu::Store(p, x); }
+  static float FromElement(float x) { return x; }
+  static float ToElement(float x) { return x; }
+};
+
+struct Float16Codec {
+  using Element = uint16_t;
+  static Floats Load(const uint16_t* p) { return LoadHalves(p); }
+  static void Store(uint16_t* p, Floats x) { StoreHalves(p, x); }
+  static float FromElement(uint16_t x) { return HalfToFloat(x); }
+  static uint16_t ToElement(float x) { return FloatToHalf(x); }
+};
+
+struct Bfloat16Codec {
+  using Element = uint16_t;
+  static Floats Load(const uint16_t* p) { return LoadBfloat16s(p); }
+  static void Store(uint16_t* p, Floats x) { StoreBfloat16s(p, x); }
+  static float FromElement(uint16_t x) { return BitsFloat(static_cast<uint32_t>(x) << 16); }
+  static uint16_t ToElement(float x) { return FloatToBfloat16(x); }
+};
+
+template <typename Codec>
+uint32_t LoadRowOf(const void* source, int num_elements, float* row) {
+  const auto* elements = static_cast<const typename Codec::Element*>(source);
+  MaxBits bits = NoBits();
+  int i = 0;
+  for (; i + kLanes <= num_elements; i += kLanes) {
+    const Floats x = Codec::Load(elements + i);
+    bits = MaxOfBits(bits, x);
+    Store(row + i, x);
+  }
+  uint32_t max_bits = ReduceBits(bits);
+  for (; i < num_elements; ++i) {
+    row[i] = Codec::FromElement(elements[i]);
+    const uint32_t magnitude = FloatBits(row[i]) & 0x7fffffffu;
+    max_bits = magnitude > max_bits ? magnitude : max_bits;
+  }
+  return max_bits;
+}
+
+template <typename Codec>
+void StoreRowOf(const float* row, float factor, int num_elements, void* target) {
+  auto* elements = static_cast<typename Codec::Element*>(target);
+  const Floats factors = Broadcast(factor);
+  int i = 0;
+  for (; i + kLanes <= num_elements; i += kLanes) {
+    Codec::Store(elements + i, Mul(Load(row + i), factors));
+  }
+  for (; i < num_elements; ++i) elements[i] = Codec::ToElement(row[i] * factor);
+}
+
+uint32_t LoadRow(DataType dtype, const void* source, int num_elements, float* row) {
+  switch (dtype) {
+    case DataType::kFloat16:
+      return LoadRowOf<Float16Codec>(source, num_elements, row);
+    case DataType::kBfloat16:
+      return LoadRowOf<Bfloat16Codec>(source, num_elements, row);
+    default:
+      return LoadRowOf<Float32Codec>(source, num_elements, row);
+  }
+}
+
+void StoreRow(DataType dtype, const float* row, float factor, int num_elements, void* target) {
+  switch (dtype) {
+    case DataType::kFloat16:
+      return StoreRowOf<Float16Codec>(row, factor, num_elements, target);
+    case DataType::kBfloat16:
+      return StoreRowOf<Bfloat16Codec>(row, factor, num_elements, target);
+    default:
+      return StoreRowOf<Float32Codec>(row, factor, num_elements, target);
+  }
+}
+
+void QuantizeRow(const float* row, float inverse_scale, int num_elements, int8_t* codes) {
+  const Floats inverse_scales = Broadcast(inverse_scale);
+  int i = 0;
+  for (; i + kLanes <= num_elements; i += kLanes) {
+    StoreCodes(codes + i, Mul(Load(row + i), inverse_scales));
+  }
+  for (; i < num_elements; ++i) {
+    codes[i] = static_cast<int8_t>(__builtin_rintf(row[i] * inverse_scale));
+  }
+}
+
+}  // namespace
+}  // namespace octavo::cpu
+
+#endif  // OCTAVO_CPU_ROW_KERNELS_H_

@@ -1,0 +1,99 @@
+// The vector vocabulary in the compilers' own vector extensions, 16 bytes wide: what every 64-bit
+// x86 and ARM core has. Included by isa_portable.cpp alone.
+
+#ifndef OCTAVO_CPU_SIMD_PORTABLE_H_
+#define OCTAVO_CPU_SIMD_PORTABLE_H_
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+namespace octavo::cpu {
+namespace {
+
+inline constexpr int kLanes = 4;
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Mask __attribute__((vector_size(16)));
+typedef uint32_t MaxBits __attribute__((vector_size(16)));
+
+inline Floats Zero() { return Floats{}; }
+inline Floats Broadcast(float x) { return Floats{x, x, x, x}; }
+inline Floats Load(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+inline void Store(float* p, Floats x) { std::memcpy(p, &x, sizeof(x)); }
+inline Floats Add(Floats a, Floats b) { return a + b; }
+inline Floats Sub(Floats a, Floats b) { return a - b; }
+inline Floats Mul(Floats a, Floats b) { return a * b; }
+inline Floats Div(Floats a, Floats b) { return a / b; }
+inline Floats Max(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats Fma(Floats a, Floats b, Floats c) { return a * b + c; }  // rounds twice
+inline Floats Abs(Floats x) { return (Floats)((Mask)x & 0x7fffffff); }
+inline Floats CopySign(Floats magnitude, Floats sign) {
+  return (Floats)((Mask)magnitude | ((Mask)sign & INT32_MIN));
+}
+// To nearest even, for |x| <= 2^22: adding 1.5 * 2^23 leaves no bits below one.
+inline Floats Round(Floats x) {
+  const Floats magic = Broadcast(0x1.8p23f);
+  return (x + magic) - magic;
+}
+// x * 2^n for a whole n, where neither is out of range.
+inline Floats ScaleByPowerOfTwo(Floats x, Floats n) {
+  return (Floats)((Mask)x + (__builtin_convertvector(n, Mask) << 23));
+}
+
+inline Mask Less(Floats a, Floats b) { return a < b; }
+inline Mask NotLess(Floats a, Floats b) { return a >= b; }
+inline Mask And(Mask a, Mask b) { return a & b; }
+inline Floats Select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
+inline float ReduceMax(Floats x) {
+  const float low = x[0] > x[1] ? x[0] : x[1];
+  const float high = x[2] > x[3] ? x[2] : x[3];
+  return low > high ? low : high;
+}
+inline float ReduceAdd(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+inline Floats LoadCodes(const int8_t* p) {
+  return Floats{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                static_cast<float>(p[3])};
+}
+// Any head_dim is whole vectors: nothing remains.
+inline Floats LoadRemainingCodes(const int8_t* p) { return LoadCodes(p); }
+inline void StoreCodes(int8_t* p, Floats x) {
+  const Mask codes = __builtin_convertvector(Round(x), Mask);
+  for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<int8_t>(codes[lane]);
+}
+inline Floats LoadHalves(const uint16_t* p) {
+  return Floats{HalfToFloat(p[0]), HalfToFloat(p[1]), HalfToFloat(p[2]), HalfToFloat(p[3])};
+}
+inline void StoreHalves(uint16_t* p, Floats x) {
+  for (int lane = 0; lane < kLanes; ++lane) p[lane] = FloatToHalf(x[lane]);
+}
+inline Floats LoadBfloat16s(const uint16_t* p) {
+  const MaxBits bits = {p[0], p[1], p[2], p[3]};
+  return (Floats)(bits << 16);
+}
+inline void StoreBfloat16s(uint16_t* p, Floats x) {
+  for (int lane = 0; lane < kLanes; ++lane) p[lane] = FloatToBfloat16(x[lane]);
+}
+
+// A running maximum of absolute values, taken on their bits so that NaN counts as large.
+inline MaxBits NoBits() { return MaxBits{}; }
+inline MaxBits MaxOfBits(MaxBits bits, Floats x) {
+  const MaxBits magnitude = (MaxBits)Abs(x);
+  return magnitude > bits ? magnitude : bits;
+}
+inline uint32_t ReduceBits(MaxBits bits) {
+  const uint32_t low = bits[0] > bits[1] ? bits[0] : bits[1];
+  const uint32_t high = bits[2] > bits[3] ? bits[2] : bits[3];
+  return low > high ? low : high;
+}
+
+}  // namespace
+}  // namespace octavo::cpu
+
+#endif  // OCTAVO_CPU_SIMD_PORTABLE_H_

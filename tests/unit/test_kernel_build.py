@@ -1,0 +1,192 @@
+"""Kernels are built once per content and compiler, and a build that cannot be made says why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from octavo_server import kernel_build
+from octavo_server.backends.base import UnsupportedError
+from octavo_server.kernel_build import build_library, find_csrc
+
+NO_COMPILER = "no-such-compiler"
+
+
+class FakeCompiler:
+    """Writes a library without compiling, and remembers what it was given."""
+
+    def __init__(self, failure: str = "") -> None:
+        self.calls: list[list[str]] = []
+        self._failure = failure
+
+    def __call__(self, sources: Sequence[Path], directory: Path, verbose: bool) -> Path:
+        self.calls.append([source.name for source in sources])
+        if self._failure:
+            raise RuntimeError(self._failure)
+        library = directory / "compiled.so"
+        library.write_text("library")
+        return library
+
+
+@pytest.fixture
+def csrc(tmp_path: Path) -> Path:
+    """Return a small source tree."""
+    directory = tmp_path / "csrc"
+    (directory / "cpu").mkdir(parents=True)
+    (directory / "include").mkdir()
+    (directory / "cpu" / "decode.cpp").write_text("int decode;")
+    (directory / "include" / "decode.h").write_text("extern int decode;")
+    (directory / "notes.txt").write_text("not a source")
+    return directory
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """Return where builds are kept; it does not exist yet."""
+    return tmp_path / "cache" / "kernels"
+
+
+def test_a_cached_build_is_not_compiled_again(csrc: Path, cache: Path) -> None:
+    compiler = FakeCompiler()
+    first = build_library(csrc, cache, compiler, verbose=False)
+    assert build_library(csrc, cache, compiler, verbose=False) == first
+    assert compiler.calls == [["decode.cpp"]]
+    assert first.read_text() == "library"
+    assert sorted(path.name for path in first.parent.iterdir()) == ["lock", "octavo_cpu.so"]
+
+
+@pytest.mark.parametrize("changed", ["cpu/decode.cpp", "include/decode.h"])
+def test_changed_content_is_another_build(csrc: Path, cache: Path, changed: str) -> None:
+    compiler = FakeCompiler()
+    first = build_library(csrc, cache, compiler, verbose=False)
+    (csrc / changed).write_text("// changed")
+    second = build_library(csrc, cache, compiler, verbose=False)
+    assert second != first
+    assert first.exists()
+    assert len(compiler.calls) == 2
+
+
+def test_files_that_are_no_sources_do_not_count(csrc: Path, cache: Path) -> None:
+    first = build_library(csrc, cache, FakeCompiler(), verbose=False)
+    (csrc / "notes.txt").write_text("changed")
+    assert build_library(csrc, cache, FakeCompiler(), verbose=False) == first
+
+
+@pytest.mark.parametrize("part", ["flags", "torch", "compiler"])
+def test_what_else_makes_another_build(
+    csrc: Path, cache: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_library(csrc, cache, FakeCompiler(), verbose=False)
+    if part == "flags":
+        monkeypatch.setattr(kernel_build, "CFLAGS", ("-O0",))
+    elif part == "torch":
+        monkeypatch.setattr("torch.__version__", "0.0")
+    else:
+        monkeypatch.setattr(kernel_build, "compiler_version", lambda: "g++ 99")
+    assert build_library(csrc, cache, FakeCompiler(), verbose=False) != first
+
+
+def test_builds_at_once_compile_once(csrc: Path, cache: Path) -> None:
+    compiler = FakeCompiler()
+    barrier = threading.Barrier(4)
+
+    def build() -> None:
+        barrier.wait()
+        build_library(csrc, cache, compiler, verbose=False)
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compiler.calls) == 1
+
+
+def test_no_compiler_names_the_package(
+    csrc: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", NO_COMPILER)
+    with pytest.raises(UnsupportedError, match=rf"'{NO_COMPILER}'.*apt-get install g\+\+.*CXX"):
+        build_library(csrc, cache, FakeCompiler(), verbose=False)
+
+
+def test_no_compiler_but_a_build_of_the_same_content(
+    csrc: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build_library(csrc, cache, FakeCompiler(), verbose=False)
+    monkeypatch.setenv("CXX", NO_COMPILER)
+    assert build_library(csrc, cache, FakeCompiler(), verbose=False) == built
+    (csrc / "cpu" / "decode.cpp").write_text("// changed")
+    with pytest.raises(UnsupportedError, match="no C\\+\\+ compiler"):
+        build_library(csrc, cache, FakeCompiler(), verbose=False)
+
+
+def test_a_failed_compile_shows_its_end_and_keeps_it_all(csrc: Path, cache: Path) -> None:
+    output = "\n".join(f"line {i}" for i in range(100))
+    with pytest.raises(UnsupportedError) as caught:
+        build_library(csrc, cache, FakeCompiler(failure=output), verbose=False)
+    text = str(caught.value)
+    (log,) = cache.glob("*/build.log")
+    assert str(log) in text
+    assert "line 99" in text
+    assert "line 50" not in text
+    assert log.read_text() == output
+    build_library(csrc, cache, FakeCompiler(), verbose=False)  # the next one starts afresh
+
+
+def test_a_cache_that_cannot_be_written(csrc: Path, tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(UnsupportedError, match="set OCTAVO_CACHE_DIR"):
+        build_library(csrc, blocker / "kernels", FakeCompiler(), verbose=False)
+
+
+def test_a_real_compiler_failure_is_told(
+    csrc: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (csrc / "cpu" / "decode.cpp").write_text("int decode = not_declared;")
+    monkeypatch.setattr(kernel_build, "find_csrc", lambda: csrc)
+    with pytest.raises(UnsupportedError, match="not_declared"):
+        build_library(csrc, cache, kernel_build.compile_with_torch, verbose=False)
+
+
+def test_no_ninja_names_the_package(
+    csrc: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bin_directory = tmp_path / "bin"
+    bin_directory.mkdir()
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    assert compiler is not None
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("PATH", str(bin_directory))
+    monkeypatch.setattr("sys.executable", str(bin_directory / "python"))
+    with pytest.raises(UnsupportedError, match="pip install ninja"):
+        build_library(csrc, cache, kernel_build.compile_with_torch, verbose=False)
+    assert os.environ["PATH"] == str(bin_directory)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"OCTAVO_CACHE_DIR": "/a"}, "/a/kernels"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/octavo/kernels"),
+        ({"HOME": "/c"}, "/c/.cache/octavo/kernels"),
+    ],
+)
+def test_where_builds_are_kept(
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OCTAVO_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert kernel_build.cache_directory() == Path(expected)
+
+
+def test_the_sources_are_found() -> None:
+    assert (find_csrc() / "bindings" / "cpu_ops.cpp").is_file()
