@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo_server.model import ModelSpec
+from octavo_server.model import BLOCK_SIZES, MAX_HEAD_DIM, ModelSpec
 
 HostArray = NDArray[Any]
 """A C-contiguous host array of float16, bfloat16 or float32."""
@@ -212,6 +212,28 @@ class Backend(Protocol):
             layer: 0-based layer.
             slots: [num_tokens] int64 `block_id * block_size + offset`, each stored before.
         """
+
+
+def check_shape(spec: ModelSpec) -> None:
+    """Raise UnsupportedError for a shape that no backend serves."""
+    if spec.head_dim % 8 or not 0 < spec.head_dim <= MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"head_dim of {spec.name} must be a multiple of 8 up to {MAX_HEAD_DIM}, got {spec.head_dim}"
+        )
+    if spec.block_size not in BLOCK_SIZES:
+        raise UnsupportedError(
+            f"block_size of {spec.name} must be one of {BLOCK_SIZES}, got {spec.block_size}"
+        )
+
+
+def check_layer_fits(spec: ModelSpec, num_blocks: int, free_bytes: int) -> None:
+    """Raise UnsupportedError with the numbers when one layer takes more than is free."""
+    layer_bytes = num_blocks * spec.block_bytes // spec.num_layers
+    if layer_bytes > free_bytes:
+        raise UnsupportedError(
+            f"one layer of {spec.name} with {num_blocks} blocks takes {layer_bytes} bytes, this host "
+            f"has {free_bytes} free; lower num_blocks or memory"
+        )
 
 
 def alloc_paged_int8_cache(backend: Backend, spec: ModelSpec, num_blocks: int) -> PagedInt8Cache:

@@ -6,6 +6,7 @@ scales `[block][kv_head][slot]`. The kernels and what they promise are in csrc/c
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,10 +24,12 @@ from octavo_server.backends.base import (
     RaggedBatch,
     StoredTokens,
     UnsupportedError,
+    check_layer_fits,
+    check_shape,
 )
 from octavo_server.backends.host_memory import free_host_bytes
 from octavo_server.kernel_build import build_cpu_kernels
-from octavo_server.model import BLOCK_SIZES, MAX_HEAD_DIM, ModelSpec
+from octavo_server.model import ModelSpec
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _NO_LSE = torch.empty(0)
@@ -59,15 +62,7 @@ class CpuBackend:
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raise UnsupportedError for a head_dim or block_size that the kernels do not take."""
-        if spec.head_dim % 8 or not 0 < spec.head_dim <= MAX_HEAD_DIM:
-            raise UnsupportedError(
-                f"head_dim of {spec.name} must be a multiple of 8 up to {MAX_HEAD_DIM}, "
-                f"got {spec.head_dim}"
-            )
-        if spec.block_size not in BLOCK_SIZES:
-            raise UnsupportedError(
-                f"block_size of {spec.name} must be one of {BLOCK_SIZES}, got {spec.block_size}"
-            )
+        check_shape(spec)
 
     def free_bytes(self) -> int:
         """Return the bytes of host memory that are free for pools."""
@@ -75,9 +70,7 @@ class CpuBackend:
 
     def alloc_paged_int8_layer(self, spec: ModelSpec, num_blocks: int) -> PagedInt8Layer:
         """Allocate one layer, zeroed: its memory is then really there, before any step needs it."""
-        layer_bytes = num_blocks * spec.block_bytes // spec.num_layers
-        if layer_bytes > self.free_bytes():
-            raise UnsupportedError(_does_not_fit(spec, num_blocks, layer_bytes, self.free_bytes()))
+        check_layer_fits(spec, num_blocks, self.free_bytes())
         heads = (num_blocks, spec.num_kv_heads)
         try:
             return PagedInt8Layer(
@@ -87,8 +80,9 @@ class CpuBackend:
                 v_scales=torch.zeros((*heads, spec.block_size), dtype=torch.float16),
             )
         except RuntimeError as error:  # torch's allocator, for an address space that is limited
-            text = _does_not_fit(spec, num_blocks, layer_bytes, self.free_bytes())
-            raise UnsupportedError(text) from error
+            raise UnsupportedError(
+                f"torch cannot allocate {num_blocks} blocks of {spec.name}: {error}"
+            ) from error
 
     def prepare(
         self, spec: ModelSpec, num_blocks: int, layers: Sequence[PagedInt8Layer]
@@ -199,19 +193,11 @@ def available_isas() -> tuple[str, ...]:
     return tuple(_load_ops().available_isas())
 
 
+@functools.cache
 def _load_ops() -> Any:
-    """Return torch.ops.octavo_cpu, building and loading its library if need be."""
-    library = str(build_cpu_kernels())
-    if library not in torch.ops.loaded_libraries:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    """Return torch.ops.octavo_cpu, building its library if need be; a process loads one, once."""
+    torch.ops.load_library(str(build_cpu_kernels()))  # type: ignore[no-untyped-call]
     return torch.ops.octavo_cpu
-
-
-def _does_not_fit(spec: ModelSpec, num_blocks: int, layer_bytes: int, free_bytes: int) -> str:
-    return (
-        f"one layer of {spec.name} with {num_blocks} blocks takes {layer_bytes} bytes, this host "
-        f"has {free_bytes} free; lower num_blocks or memory"
-    )
 
 
 def _as_tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -21,10 +21,11 @@ from octavo_server.backends.base import (
     PagedInt8Layer,
     RaggedBatch,
     StoredTokens,
-    UnsupportedError,
+    check_layer_fits,
+    check_shape,
 )
 from octavo_server.backends.host_memory import free_host_bytes
-from octavo_server.model import BLOCK_SIZES, MAX_HEAD_DIM, ModelSpec
+from octavo_server.model import ModelSpec
 
 _IS_OVERFLOW = 1
 
@@ -37,15 +38,7 @@ class ReferenceBackend:
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raise UnsupportedError for a shape that no backend serves."""
-        if spec.head_dim % 8 or not 0 < spec.head_dim <= MAX_HEAD_DIM:
-            raise UnsupportedError(
-                f"head_dim of {spec.name} must be a multiple of 8 up to {MAX_HEAD_DIM}, "
-                f"got {spec.head_dim}"
-            )
-        if spec.block_size not in BLOCK_SIZES:
-            raise UnsupportedError(
-                f"block_size of {spec.name} must be one of {BLOCK_SIZES}, got {spec.block_size}"
-            )
+        check_shape(spec)
 
     def free_bytes(self) -> int:
         """Return the bytes of host memory that are free for pools."""
@@ -53,12 +46,7 @@ class ReferenceBackend:
 
     def alloc_paged_int8_layer(self, spec: ModelSpec, num_blocks: int) -> PagedInt8Layer:
         """Allocate one layer of codes `[num_blocks, block_size, num_kv_heads, head_dim]`."""
-        layer_bytes, free = num_blocks * spec.block_bytes // spec.num_layers, self.free_bytes()
-        if layer_bytes > free:
-            raise UnsupportedError(
-                f"one layer of {spec.name} with {num_blocks} blocks takes {layer_bytes} bytes, "
-                f"this host has {free} free; lower num_blocks or memory"
-            )
+        check_layer_fits(spec, num_blocks, self.free_bytes())
         rows = (num_blocks, spec.block_size, spec.num_kv_heads)
         k_codes, v_codes = (torch.zeros((*rows, spec.head_dim), dtype=torch.int8) for _ in range(2))
         k_scales, v_scales = (torch.zeros(rows, dtype=torch.float16) for _ in range(2))
