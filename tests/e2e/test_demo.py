@@ -176,6 +176,15 @@ def test_server_without_its_packages_names_the_extra(
         pass
 
 
+@pytest.fixture
+def heeding_sigint() -> Iterator[None]:
+    """Let children heed SIGINT, also when the tests run in the background of a shell, which ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("heeding_sigint")
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_demo_ends_its_server(signal_number: int, code: int) -> None:
     with subprocess.Popen([*COMMAND, "--tokens=900"], stdout=subprocess.PIPE, text=True) as demo:
