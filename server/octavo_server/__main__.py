@@ -1,9 +1,24 @@
-"""`python -m octavo_server`: the command `octavo-server` of this interpreter."""
+"""The command `octavo-server`, also as `python -m octavo_server`."""
 
 from __future__ import annotations
 
 import sys
 
-from octavo_server.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command; say which package is missing where the server's are not installed."""
+    try:
+        from octavo_server.cli import main as run  # noqa: PLC0415
+
+        return run()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package.startswith("octavo"):
+            raise
+        text = f'the package {package} is not installed; pip install "octavo[server]"'
+        print(f"octavo-server: {text}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

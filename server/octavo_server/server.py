@@ -178,13 +178,14 @@ def _check_fit(models: tuple[ModelConfig, ...], sizes: list[int], free_bytes: in
 def _log_pool(spec: ModelSpec, num_blocks: int) -> None:
     num_tokens = num_blocks * spec.block_size
     log.info(
-        "model %s: %d blocks of %d tokens hold %d tokens in %.3f GiB; FP16 would take %.3f GiB",
+        "model %s: %s blocks of %d tokens hold %s tokens in %s bytes (%.2f GiB); FP16 would take %s bytes",
         spec.name,
-        num_blocks,
+        f"{num_blocks:,}",
         spec.block_size,
-        num_tokens,
+        f"{num_tokens:,}",
+        f"{num_tokens * spec.int8_token_bytes:,}",
         num_tokens * spec.int8_token_bytes / GIB,
-        num_tokens * spec.fp16_token_bytes / GIB,
+        f"{num_tokens * spec.fp16_token_bytes:,}",
     )
 
 

@@ -18,7 +18,7 @@ from octavo_client.demo.local_server import ServerStartError, local_server, mode
 from octavo_client.demo.model import TinyLlama
 from octavo_client.demo.orchestrator import MODEL_NAME
 
-COMMAND = [sys.executable, "-m", "octavo_client.demo.cli"]
+COMMAND = [sys.executable, "-m", "octavo_client.demo"]
 NUMBER = r"([\d.,]+)"
 ROWS = {
     "tokens/s": NUMBER,

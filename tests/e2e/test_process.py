@@ -76,8 +76,8 @@ def test_a_signal_finishes_what_is_in_flight(signal_number: signal.Signals) -> N
         assert process.stderr is not None
         logs = process.stderr.read()
     assert f"{signal_number.name}: finishing what is in flight" in logs
-    assert "model tiny: 256 blocks of 32 tokens hold 8192 tokens" in logs
-    assert "FP16 would take" in logs
+    assert "model tiny: 256 blocks of 32 tokens hold 8,192 tokens in 2,162,688 bytes" in logs
+    assert "FP16 would take 4,194,304 bytes" in logs
 
 
 def test_an_address_in_use_is_one_sentence() -> None:

@@ -1,0 +1,24 @@
+"""The command `octavo-demo`, also as `python -m octavo_client.demo`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the command; say which package is missing where the demo's are not installed."""
+    try:
+        from octavo_client.demo.cli import main as run  # noqa: PLC0415
+
+        return run()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package.startswith("octavo"):
+            raise
+        text = f'the package {package} is not installed; pip install "octavo[server,demo]"'
+        print(f"octavo-demo: {text}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
