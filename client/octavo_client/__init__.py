@@ -56,7 +56,8 @@ from octavo_client._errors import (
     StepTimeout,
     StreamLimit,
 )
-from octavo_client._sync import Client, Session
+from octavo_client._session import Session
+from octavo_client._sync import Client
 from octavo_client._types import (
     BatchResult,
     DecodeResult,

@@ -20,7 +20,7 @@ from octavo_client._mirror import Mirror
 from octavo_client._retry import is_passing
 from octavo_client._steps import check_layer
 from octavo_client._tensors import HostArray
-from octavo_client._wire import random_key
+from octavo_client._wire import check_span, random_key
 
 Progress = Callable[[int, int], object]
 """Called with the tokens stored so far and the tokens to store, both counted once per layer."""
@@ -78,6 +78,7 @@ class AppendPlan:
         self._next = 0
         self._wave_end = 0
         self._resumed_at: Sequence[int] | None = None
+        self._failure: Exception | None = None
 
     @property
     def is_done(self) -> bool:
@@ -115,7 +116,7 @@ class AppendPlan:
         while self._wave_end < len(self._pieces) and num_tokens * self._token_bytes < _WAVE_BYTES:
             num_tokens += self._pieces[self._wave_end].num_tokens
             self._wave_end += 1
-        return map(self._message, self._pieces[self._next : self._wave_end])
+        return self._messages(self._pieces[self._next : self._wave_end])
 
     def on_stored(self) -> None:
         """Note that the call's messages are stored."""
@@ -130,7 +131,11 @@ class AppendPlan:
 
         Raises:
             OctavoError: `error`, when it does not help.
+            Exception: What encoding a message raised: gRPC asks for messages in a thread of its own, and only says
+                that the call broke.
         """
+        if self._failure is not None:
+            raise self._failure
         is_ours = self._resumed_at is not None and isinstance(error, PositionMismatch)
         if not (is_ours or is_passing(error)):
             raise error
@@ -177,6 +182,13 @@ class AppendPlan:
     def _last_pieces(self) -> list[Piece]:
         return self._pieces[-len(self._layers) :]
 
+    def _messages(self, pieces: Sequence[Piece]) -> Iterator[bytes]:
+        try:
+            yield from map(self._message, pieces)
+        except Exception as error:
+            self._failure = error
+            raise
+
     def _message(self, piece: Piece) -> bytes:
         rows = slice(piece.row, piece.row + piece.num_tokens)
         k, v = (array[self._layers.index(piece.layer), rows] for array in self._arrays)
@@ -216,10 +228,10 @@ def plan_append(
     """
     if mirror.is_closed:
         raise ClientClosed(f"session {mirror.session_id} was closed; open a new one")
-    if start_pos is not None and start_pos < 0:
-        raise ValueError(f"start_pos must be 0 or more, got {start_pos}")
     k, v = (_tensors.to_host(name, x) for name, x in zip("kv", tensors, strict=True))
     _check(mirror, k, v, layer)
+    if start_pos is not None:
+        check_span("start_pos", start_pos, k.shape[-3])
     if layer is not None:
         return AppendPlan(mirror, (k[None], v[None]), [layer], start_pos, max_message_bytes)
     layers = range(mirror.model.num_layers)

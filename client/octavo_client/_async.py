@@ -17,8 +17,9 @@ from octavo_client._append import AppendPlan, Progress, plan_append
 from octavo_client._async_stream import AsyncDecodeStream
 from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
 from octavo_client._config import Retry, Timeout
-from octavo_client._errors import OctavoError
+from octavo_client._errors import MessageTooLarge, OctavoError
 from octavo_client._mirror import Mirror
+from octavo_client._order import Turns
 from octavo_client._retry import Attempts, CallRule
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Placement, draft_step
@@ -47,7 +48,7 @@ class AsyncClient:
     Made, used and closed on one running event loop. An async context manager: leaving it closes.
 
     Args:
-        target: The server, such as "localhost:50051".
+        target: The server, such as "localhost:50051"; reached directly, whatever http_proxy says.
         timeout: How long to wait for what.
         retry: How often to try again, where that is safe.
     """
@@ -61,7 +62,8 @@ class AsyncClient:
         self._channel = grpc.aio.insecure_channel(target, options)
         self._append_rpc = self._channel.stream_unary(*APPEND_RPC)
         self._decode_rpc = self._channel.stream_stream(*DECODE_RPC)
-        self._stream = AsyncDecodeStream(self._decode_rpc, self._retry)
+        self._stream = AsyncDecodeStream(self._decode_rpc, self._retry, self._forget_info)
+        self._turns = Turns()
         self._info: ServerInfo | None = None
 
     async def __aenter__(self) -> Self:
@@ -141,16 +143,19 @@ class AsyncClient:
         *,
         is_single: bool,
     ) -> asyncio.Future[Any]:
-        draft = draft_step(
-            [self._placement(entry) for entry in entries],
-            tensors,
-            options,
-            default_timeout_s=self._timeout.step_s,
-            max_message_bytes=(await self._known_info()).max_message_bytes,
-        )
-        for mirror in draft.stale:
-            await self._refresh(mirror)
-        return self._stream.submit(draft, is_single=is_single)
+        placements = [self._placement(entry) for entry in entries]
+        # A session's steps take their places in the order of the calls, although a call may ask the server first.
+        async with self._turns.turn({placement.mirror for placement in placements}):
+            draft = draft_step(
+                placements,
+                tensors,
+                options,
+                default_timeout_s=self._timeout.step_s,
+                max_message_bytes=(await self._known_info()).max_message_bytes,
+            )
+            for mirror in draft.stale:
+                await self._refresh(mirror)
+            return self._stream.submit(draft, is_single=is_single)
 
     def _placement(self, entry: Entry) -> Placement:
         if entry.session._client is not self:
@@ -165,7 +170,10 @@ class AsyncClient:
                 remaining = attempts.remaining(time.monotonic())
                 await self._append_rpc(plan.next_wave(), timeout=remaining)
             except grpc.RpcError as exc:
-                error = plan.resumable(error_from_rpc(exc))
+                error = error_from_rpc(exc)
+                if isinstance(error, MessageTooLarge):
+                    self._forget_info()
+                error = plan.resumable(error)
                 await asyncio.sleep(attempts.delay_after(error, time.monotonic()))
                 plan.resume((await self.get_session(mirror.session_id)).lengths, error)
                 continue
@@ -187,6 +195,10 @@ class AsyncClient:
 
     async def _known_info(self) -> ServerInfo:
         return self._info or await self.server_info()
+
+    def _forget_info(self) -> None:
+        """Ask the server again before the next step: its limits are not those that it told."""
+        self._info = None
 
     async def _call(self, rule: CallRule, request: Any) -> Any:
         """Call an rpc, again where its rule allows; None when an attempt without an answer had done it."""
@@ -214,6 +226,7 @@ class AsyncSession:
     def __init__(self, client: AsyncClient, mirror: Mirror) -> None:
         self._client = client
         self._mirror = mirror
+        self._closing = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<AsyncSession {self.session_id} of {self.model.name!r}>"
@@ -307,7 +320,8 @@ class AsyncSession:
         expected = self._mirror.stored if guard else ()
         rule = _retry.TRUNCATE_GUARDED if guard else _retry.TRUNCATE
         request = truncate_request(self.session_id, length, expected)
-        response = await self._client._call(rule, request)
+        with self._mirror.truncating():
+            response = await self._client._call(rule, request)
         self._mirror.refresh(response.session.lengths)
 
     async def refresh(self) -> SessionState:
@@ -315,11 +329,15 @@ class AsyncSession:
         return await self._client._refresh(self._mirror)
 
     async def close(self) -> None:
-        """Close the session and free its blocks; closing it again does nothing."""
-        if not self._mirror.is_closed:
+        """Close the session and free its blocks, once its steps in flight are answered; as Session.close."""
+        async with self._closing:
+            if self._mirror.is_gone:
+                return
             self._mirror.is_closed = True
+            await self._wait_for_steps()
             request = pb.CloseSessionRequest(session_id=self.session_id)
-            await self._client._call(_retry.CLOSE_SESSION, request)
+            with self._mirror.closing():
+                await self._client._call(_retry.CLOSE_SESSION, request)
 
     async def _wait_for_steps(self) -> None:
         futures = self._client._stream.futures(self.handle)

@@ -15,8 +15,8 @@ import grpc
 
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client._config import Retry
-from octavo_client._errors import ClientClosed, OctavoError
-from octavo_client._exchange import Exchange, Job, deliver
+from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
+from octavo_client._exchange import Exchange, Job, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Draft
@@ -32,12 +32,17 @@ class AsyncDecodeStream:
     Args:
         open_call: Starts a Decode call that sends the given messages.
         retry: How often to open again.
+        on_too_large: Called when the server ended a stream because a message was over its limit.
     """
 
     def __init__(
-        self, open_call: Callable[[AsyncIterator[bytes]], AsyncDecodeCall], retry: Retry
+        self,
+        open_call: Callable[[AsyncIterator[bytes]], AsyncDecodeCall],
+        retry: Retry,
+        on_too_large: Callable[[], None],
     ) -> None:
         self._open_call = open_call
+        self._on_too_large = on_too_large
         self._backoff = Backoff(retry)
         self._exchange = Exchange()
         self._outbox: Outbox = asyncio.Queue()
@@ -99,12 +104,29 @@ class AsyncDecodeStream:
         delay: float | None = 0.0
         while delay is not None and len(self._exchange):
             await asyncio.sleep(delay)
-            error = await self._read_stream()
+            error = await self._read_to_end()
+            if isinstance(error, MessageTooLarge) and self._fail_too_large(error):
+                delay = 0.0
+                continue
             self._exchange.on_broken()
             delay = self._backoff.next_delay(error) if is_passing(error) else None
             if delay is None:
                 deliver(self._exchange.fail_all(error))
         self._reader = None
+
+    async def _read_to_end(self) -> OctavoError:
+        """Read a stream; whatever happens, this task goes on to tell those who wait."""
+        try:
+            return await self._read_stream()
+        except Exception as error:
+            return unexpected(error)
+
+    def _fail_too_large(self, error: MessageTooLarge) -> bool:
+        """Fail the steps that are over the server's limit; False when there are none."""
+        self._on_too_large()
+        outcomes = self._exchange.fail_too_large(error)
+        deliver(outcomes)
+        return bool(outcomes)
 
     async def _read_stream(self) -> OctavoError:
         """Open a stream and read it to its end; return why it ended."""
@@ -114,8 +136,7 @@ class AsyncDecodeStream:
         self._send(self._exchange.on_open(asyncio.get_running_loop().time()))
         try:
             async for response in call:
-                self._on_result(response.result)
-                if self._exchange.is_drained:
+                if self._on_result(response.result):
                     break
         except grpc.RpcError as error:
             return error_from_rpc(error)
@@ -124,12 +145,16 @@ class AsyncDecodeStream:
             outbox.put_nowait(None)
         return self._exchange.ended()
 
-    def _on_result(self, result: pb.StepResult) -> None:
-        outcomes, to_send = self._exchange.on_result(result, asyncio.get_running_loop().time())
+    def _on_result(self, result: pb.StepResult) -> bool:
+        """Take a result; return whether it is time for another stream."""
+        outcomes, to_send, is_drained = self._exchange.on_result(
+            result, asyncio.get_running_loop().time()
+        )
         self._send(to_send)
         if outcomes:
             self._backoff.reset()
         deliver(outcomes)
+        return is_drained
 
     def _watch(self, deadline: float) -> None:
         if self._timer is None or deadline < self._timer.when():
@@ -139,7 +164,10 @@ class AsyncDecodeStream:
 
     def _expire(self) -> None:
         self._timer = None
-        outcomes, to_send = self._exchange.expire(asyncio.get_running_loop().time())
+        try:
+            outcomes, to_send, _ = self._exchange.expire(asyncio.get_running_loop().time())
+        except Exception as error:
+            outcomes, to_send = self._exchange.fail_all(unexpected(error)), []
         self._send(to_send)
         deliver(outcomes)
         if len(self._exchange):

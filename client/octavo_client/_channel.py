@@ -14,8 +14,12 @@ from octavo_client._retry import CallRule
 Rpc = tuple[str, Callable[[Any], bytes], Callable[[bytes], Any]]
 """What a channel needs to call an rpc: its path, how to encode a request, how to decode a response."""
 
-_KEEPALIVE_MS = 30_000
-_KEEPALIVE_TIMEOUT_MS = 10_000
+_KEEPALIVE_MS = 10_000
+_KEEPALIVE_TIMEOUT_MS = 5_000
+"""Together half of Timeout.step_s: a link that went silent is noticed while a step can still go over another one. The
+server permits a ping every 10 s."""
+
+_MAX_OPTION = 2**31 - 1
 
 _SERVICE = "/octavo.v1.OctavoService"
 
@@ -35,6 +39,10 @@ def unary_rpc(rule: CallRule) -> Rpc:
     return f"{_SERVICE}/{rule.name}", _encode, rule.response.FromString
 
 
+def _milliseconds(seconds: float) -> int:
+    return int(min(max(100.0, seconds * 1000), _MAX_OPTION))
+
+
 def channel_options(timeout: Timeout, retry: Retry) -> list[tuple[str, int]]:
     """Return the options of a client's channel."""
     return [
@@ -46,10 +54,12 @@ def channel_options(timeout: Timeout, retry: Retry) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),
         # Attempts are counted by Retry; the channel must not make them wait longer.
-        ("grpc.initial_reconnect_backoff_ms", max(100, int(retry.initial_backoff_s * 1000))),
-        ("grpc.max_reconnect_backoff_ms", max(100, int(retry.max_backoff_s * 1000))),
-        ("grpc.min_reconnect_backoff_ms", max(100, int(timeout.connect_s * 1000))),
+        ("grpc.initial_reconnect_backoff_ms", _milliseconds(retry.initial_backoff_s)),
+        ("grpc.max_reconnect_backoff_ms", _milliseconds(retry.max_backoff_s)),
+        ("grpc.min_reconnect_backoff_ms", _milliseconds(timeout.connect_s)),
         ("grpc.enable_retries", 0),
+        # Client and server share a network; http_proxy in the environment is for the way out of it.
+        ("grpc.enable_http_proxy", 0),
         # Clients of one process have a connection each, so that they do not queue behind each other.
         ("grpc.use_local_subchannel_pool", 1),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,7 @@ class Timeout:
 
     def __post_init__(self) -> None:
         for name in ("connect_s", "call_s", "step_s", "append_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            check_seconds(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,21 @@ class Retry:
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
-        if not 0 < self.initial_backoff_s <= self.max_backoff_s:
+        if not 0 < self.initial_backoff_s <= self.max_backoff_s < float("inf"):
             raise ValueError(
-                "initial_backoff_s must be positive and at most max_backoff_s, "
+                "initial_backoff_s must be positive and at most max_backoff_s, which is finite, "
                 f"got {self.initial_backoff_s} and {self.max_backoff_s}"
             )
+
+
+def check_seconds(name: str, seconds: float) -> None:
+    """Check a wait that a caller asked for.
+
+    Raises:
+        ValueError: It is not positive and finite.
+        TypeError: It is no number.
+    """
+    if not isinstance(seconds, Real) or isinstance(seconds, bool):
+        raise TypeError(f"{name} must be a number of seconds, got {seconds!r}")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {seconds}")

@@ -192,7 +192,7 @@ class MessageTooLarge(RefusedError):
 
 
 class InterruptedCall(OctavoError):
-    """There was no answer.
+    """There was no answer; as itself, because the client failed, with what failed as the cause.
 
     Attributes:
         may_be_applied: Whether the server may have stored or changed what was asked.
@@ -209,7 +209,10 @@ class InterruptedCall(OctavoError):
 
 
 class ConnectionLost(InterruptedCall):
-    """The server could not be reached, or the connection broke, and trying again did not help."""
+    """The server could not be reached, or the connection broke, and trying again did not help.
+
+    Also what a step fails with that was on its way when the server ended the stream for good; the refusal is the cause.
+    """
 
 
 class StepTimeout(InterruptedCall):

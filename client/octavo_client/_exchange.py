@@ -14,17 +14,21 @@ from octavo.v1 import octavo_pb2 as pb
 from octavo_client._errors import (
     ConnectionLost,
     Draining,
+    InterruptedCall,
+    MessageTooLarge,
     OctavoError,
     RefusedError,
     StepExpired,
 )
 from octavo_client._ledger import Ledger, LedgerStep
-from octavo_client._retry import is_passing
 from octavo_client._status import error_from_status
 from octavo_client._steps import Draft, timed_out
 
 _QUEUE_SHARE = 0.9
 """The share of the time left that a step may queue at the server; in the rest its refusal can arrive."""
+
+_MAX_TIMEOUT_MS = 2**32 - 1
+"""What the field holds: 49 days. The client's own clock still gives a step up when its caller asked."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,10 +55,11 @@ class Outcome(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What a driver is to do: give futures their outcome, and send messages in this order."""
+    """What a driver is to do: give futures their outcome, send messages in this order, and maybe leave the stream."""
 
     outcomes: list[Outcome]
     to_send: list[bytes]
+    is_drained: bool = False
 
 
 _Step = LedgerStep[Job]
@@ -110,10 +115,10 @@ class Exchange:
         if isinstance(refusal, Draining):
             self._draining = refusal
             self._ledger.hold(result.step_id)
-            return Turn([], [])
+            return Turn([], [], self.is_drained)
         step, to_send = self._ledger.resolve(result.step_id)
         outcomes = [] if step is None else [_outcome(step, result, refusal)]
-        return Turn(outcomes, _encode(to_send, now))
+        return Turn(outcomes, _encode(to_send, now), self.is_drained)
 
     def give_up(self, step_id: int, now: float) -> list[bytes]:
         """Drop a step that its caller no longer waits for; return the messages to send now."""
@@ -139,9 +144,31 @@ class Exchange:
         """Note that the stream is gone."""
         self._ledger.on_stream_broken()
 
+    def fail_too_large(self, error: MessageTooLarge) -> list[Outcome]:
+        """Give up the steps of the open stream that the server ended it for; the others may go over the next.
+
+        Returns:
+            Their outcomes; none when no step is over the limit, and then `error` is about something else.
+        """
+        sent = self._ledger.sent if error.limit_bytes >= 0 else []
+        too_large = [step for step in sent if step.payload.draft.sent_bytes > error.limit_bytes]
+        for step in too_large:
+            self._ledger.hold(step.step_id)  # the server never took it whole
+        self.on_broken()
+        for step in too_large:
+            self._ledger.resolve(step.step_id)
+        return [_failed(step, _error_for(step, error)) for step in too_large]
+
     def fail_all(self, error: OctavoError) -> list[Outcome]:
         """Give up every step because of `error`."""
         return [_failed(step, _error_for(step, error)) for step in self._ledger.drain()]
+
+
+def unexpected(error: Exception) -> InterruptedCall:
+    """Return what steps fail with when the client itself failed; better said than waited for."""
+    failure = InterruptedCall(f"the client failed: {error!r}", may_be_applied=True)
+    failure.__cause__ = error
+    return failure
 
 
 def deliver(outcomes: Iterable[Outcome]) -> None:
@@ -160,7 +187,8 @@ def _encode(steps: Iterable[_Step], now: float) -> list[bytes]:
 
 
 def _encode_one(step: _Step, now: float) -> bytes:
-    timeout_ms = max(1, int((step.deadline - now) * 1000 * _QUEUE_SHARE))
+    queue_ms = (step.deadline - now) * 1000 * _QUEUE_SHARE
+    timeout_ms = int(min(max(queue_ms, 1), _MAX_TIMEOUT_MS))
     return step.payload.draft.encode(step.step_id, timeout_ms)
 
 
@@ -174,8 +202,9 @@ def _outcome(step: _Step, result: pb.StepResult, refusal: RefusedError | None) -
     try:
         batch = job.draft.read(result)
         return Outcome(job.future, batch[0] if job.is_single else batch, None)
-    except OctavoError as error:
-        return Outcome(job.future, None, error)
+    except Exception as error:
+        own = error if isinstance(error, OctavoError) else _error_for(step, unexpected(error))
+        return _failed(step, own)
 
 
 def _failed(step: _Step, error: OctavoError) -> Outcome:
@@ -185,11 +214,13 @@ def _failed(step: _Step, error: OctavoError) -> Outcome:
 
 def _error_for(step: _Step, error: OctavoError) -> OctavoError:
     """Return an instance of its own for each waiter: a raised exception carries its traceback."""
-    if isinstance(error, ConnectionLost):
-        own: OctavoError = ConnectionLost(error.message, step.may_be_applied)
-    elif is_passing(error) and step.may_be_applied:
-        # The last stream was refused, but an earlier one may have brought the step home.
-        own = ConnectionLost(str(error), may_be_applied=True)
+    if isinstance(error, InterruptedCall):
+        own: OctavoError = type(error)(error.message, step.may_be_applied)
+    elif isinstance(error, RefusedError) and step.may_be_applied:
+        # What was refused is the stream; the step may have come home before, on this one or an earlier one.
+        own = ConnectionLost(f"the server ended the stream: {error}", may_be_applied=True)
+        own.__cause__ = error
+        return own
     else:
         own = copy(error)
     own.__cause__ = error.__cause__

@@ -62,6 +62,7 @@ class Ledger(Generic[Payload]):
         self._steps: dict[int, LedgerStep[Payload]] = {}
         self._queues: dict[SessionLayer, list[LedgerStep[Payload]]] = {}
         self._is_open = False
+        self._num_sent = 0
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -69,7 +70,12 @@ class Ledger(Generic[Payload]):
     @property
     def num_sent(self) -> int:
         """Steps that are on their way."""
-        return sum(step.is_sent for step in self._steps.values())
+        return self._num_sent
+
+    @property
+    def sent(self) -> list[LedgerStep[Payload]]:
+        """The steps that are on their way, in the order of submission."""
+        return [step for step in self._steps.values() if step.is_sent]
 
     @property
     def next_deadline(self) -> float:
@@ -117,6 +123,7 @@ class Ledger(Generic[Payload]):
         """Hold a sent step again: the server refused it unapplied, and the next stream is to take it."""
         step = self._steps.get(step_id)
         if step is not None:
+            self._num_sent -= step.is_sent
             step.is_sent = False
 
     def on_stream_open(self) -> list[LedgerStep[Payload]]:
@@ -130,18 +137,21 @@ class Ledger(Generic[Payload]):
         for step in self._steps.values():
             step.was_cut |= step.is_sent
             step.is_sent = False
+        self._num_sent = 0
 
     def drain(self) -> list[LedgerStep[Payload]]:
         """Take out every step, in the order of submission."""
         steps = list(self._steps.values())
         self._steps.clear()
         self._queues.clear()
+        self._num_sent = 0
         return steps
 
     def _take_out(self, leaving: Sequence[LedgerStep[Payload]]) -> list[LedgerStep[Payload]]:
         behind: dict[int, LedgerStep[Payload]] = {}
         for step in leaving:
             del self._steps[step.step_id]
+            self._num_sent -= step.is_sent
             for key in step.keys:
                 queue = self._queues[key]
                 queue.remove(step)
@@ -156,6 +166,7 @@ class Ledger(Generic[Payload]):
         to_send = [step for step in candidates if self._is_sendable(step)]
         for step in to_send:
             step.is_sent = True
+        self._num_sent += len(to_send)
         return to_send
 
     def _is_sendable(self, step: LedgerStep[Payload]) -> bool:

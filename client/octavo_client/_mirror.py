@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from octavo_client._errors import PositionMismatch, RefusedError
+from octavo_client._errors import (
+    InterruptedCall,
+    PositionMismatch,
+    RefusedError,
+    SessionNotFound,
+)
 from octavo_client._types import Model, SessionState
 
 
@@ -19,7 +25,8 @@ class Mirror:
 
     Attributes:
         is_stale: Whether a step's fate is unknown, so that the lengths must be asked for before they are relied on.
-        is_closed: Whether the session was closed through this client.
+        is_closed: Whether the caller closed the session, so that it takes no more steps.
+        is_gone: Whether the server confirmed that.
     """
 
     def __init__(self, state: SessionState, model: Model) -> None:
@@ -28,6 +35,8 @@ class Mirror:
         self.model = model
         self.is_stale = False
         self.is_closed = False
+        self.is_gone = False
+        self._may_be_gone = False
         self._stored = list(state.lengths)
         self._ends = list(state.lengths)
         self._num_in_flight = [0] * model.num_layers
@@ -71,3 +80,25 @@ class Mirror:
         """Take over what the server reports; appends in flight stay on top."""
         self._stored = list(lengths)
         self.is_stale = False
+
+    @contextmanager
+    def truncating(self) -> Iterator[None]:
+        """Distrust the lengths when the truncate inside fails: an attempt without an answer may have been applied."""
+        try:
+            yield
+        except BaseException:
+            self.is_stale = True
+            raise
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Note the outcome of the close inside, so that one that failed can be repeated."""
+        try:
+            yield
+        except SessionNotFound:
+            if not self._may_be_gone:
+                raise
+        except InterruptedCall as error:
+            self._may_be_gone |= error.may_be_applied
+            raise
+        self.is_gone = True

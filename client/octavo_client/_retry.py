@@ -26,6 +26,13 @@ def is_passing(error: OctavoError) -> bool:
     return isinstance(error, (ConnectionLost, Draining, StreamLimit))
 
 
+_LONGEST_WAIT_S = 7 * 86_400.0
+"""What every clock and field below can take; nobody waits so long for one attempt."""
+
+_MAX_DOUBLINGS = 64
+"""Beyond the longest backoff of anyone, and below what a float holds."""
+
+
 class Backoff:
     """Delays between attempts: doubled each time, with jitter, reset by a success."""
 
@@ -42,10 +49,11 @@ class Backoff:
         self._num_failures += 1
         if self._num_failures >= self._retry.max_attempts:
             return None
-        longest = self._retry.initial_backoff_s * 2.0 ** (self._num_failures - 1)
+        num_doublings = min(self._num_failures - 1, _MAX_DOUBLINGS)
+        longest = self._retry.initial_backoff_s * 2.0**num_doublings
         delay: float = min(longest, self._retry.max_backoff_s) * random.uniform(0.5, 1.0)
         asked = error.retry_after_s if isinstance(error, RefusedError) else None
-        return max(delay, asked or 0.0)
+        return min(max(delay, asked or 0.0), _LONGEST_WAIT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,7 @@ class Attempts:
 
     def remaining(self, now: float) -> float:
         """Return the seconds left for the next attempt."""
-        return max(self._deadline - now, 0.001)
+        return min(max(self._deadline - now, 0.001), _LONGEST_WAIT_S)
 
     def succeeded(self) -> None:
         """Note that a call of the row succeeded."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _tensors
+from octavo_client._config import check_seconds
 from octavo_client._encoding import encode_decode, encode_tensors
 from octavo_client._errors import (
     ClientClosed,
@@ -21,13 +24,16 @@ from octavo_client._mirror import Mirror
 from octavo_client._status import error_from_status
 from octavo_client._tensors import HostArray, ToCaller
 from octavo_client._types import BatchResult, Model, StepOptions
-from octavo_client._wire import random_key
+from octavo_client._wire import check_span, random_key
 
 _FIELDS = {
     "q": pb.Step.Q_FIELD_NUMBER,
     "k": pb.Step.K_FIELD_NUMBER,
     "v": pb.Step.V_FIELD_NUMBER,
 }
+
+_FLAGS = ("causal", "return_lse")
+_OPTIONS = frozenset(StepOptions.__annotations__)
 
 _MAX_START_POS_BYTES = 5
 _MAX_HEADER_BYTES = 64
@@ -54,6 +60,7 @@ class Draft:
         placements: Its entries.
         to_caller: Turns an answer into the caller's kind of array.
         timeout_s: Seconds from submit to result.
+        sent_bytes: Size of the message when it was last sent.
     """
 
     header: pb.Step
@@ -62,6 +69,8 @@ class Draft:
     placements: Sequence[Placement]
     to_caller: ToCaller
     timeout_s: float
+    sent_bytes: int = field(default=0, init=False)
+    _is_settled: bool = field(default=False, init=False)
 
     @property
     def keys(self) -> list[tuple[int, int]]:
@@ -91,7 +100,9 @@ class Draft:
         """Return the message, once the step is placed."""
         self.header.step_id = step_id
         self.header.timeout_ms = timeout_ms
-        return encode_decode(self.header, self.tensors)
+        message = encode_decode(self.header, self.tensors)
+        self.sent_bytes = len(message)
+        return message
 
     def read(self, result: pb.StepResult) -> BatchResult:
         """Return a step's answer as the caller's kind of array, and note what is stored.
@@ -104,7 +115,7 @@ class Draft:
         return BatchResult(*self._arrays(result), errors, self._slices())
 
     def fail(self, error: OctavoError) -> None:
-        """Note that the whole step failed."""
+        """Note that the whole step failed; what its answer said before stays."""
         self._settle(dict.fromkeys(range(len(self.placements)), error))
 
     def _start_pos(self, placement: Placement) -> int:
@@ -126,8 +137,9 @@ class Draft:
         return length - num_tokens
 
     def _settle(self, errors: dict[int, RefusedError] | dict[int, OctavoError]) -> None:
-        if not self.has_kv:
+        if not self.has_kv or self._is_settled:
             return
+        self._is_settled = True
         starts = self.header.start_pos
         for entry_idx, placement in enumerate(self.placements):
             end = starts[entry_idx] + placement.num_tokens
@@ -154,7 +166,7 @@ def draft_step(
     default_timeout_s: float,
     max_message_bytes: int,
 ) -> Draft:
-    """Check a step and build its message.
+    """Check a step and build its message; nothing that it lets through can fail to be sent.
 
     Args:
         placements: Its entries, one or more.
@@ -164,11 +176,12 @@ def draft_step(
         max_message_bytes: Largest message that the server receives.
 
     Raises:
-        ValueError: An entry or a shape that cannot be.
-        TypeError: A tensor of another kind or dtype.
+        ValueError: An entry, a shape or a timeout that cannot be.
+        TypeError: A tensor of another kind or dtype; an option that does not exist or is of another type.
         ClientClosed: An entry of a closed session.
         MessageTooLarge: The step is over the server's limit.
     """
+    _check_options(options)
     model = _check_placements(placements)
     arrays = _host_arrays(tensors)
     _check_arrays(arrays, model, sum(placement.num_tokens for placement in placements))
@@ -182,9 +195,8 @@ def draft_step(
     )
     if num_bytes > max_message_bytes:
         raise message_too_large(num_bytes, max_message_bytes)
-    timeout_s = options.get("timeout", default_timeout_s)
-    if not 0 < timeout_s < float("inf"):
-        raise ValueError(f"timeout must be positive and finite, got {timeout_s}")
+    timeout_s = options.get("timeout")
+    timeout_s = default_timeout_s if timeout_s is None else timeout_s
     to_caller = _tensors.like(tensors[0])
     return Draft(header, encoded, "k" in arrays, placements, to_caller, timeout_s)
 
@@ -192,6 +204,20 @@ def draft_step(
 def timed_out(draft: Draft, may_be_applied: bool) -> StepTimeout:
     """Return the exception of a step that had no answer in time."""
     return StepTimeout(f"no answer within {draft.timeout_s:g} s", may_be_applied)
+
+
+def _check_options(options: StepOptions) -> None:
+    unknown = options.keys() - _OPTIONS
+    if unknown:
+        names, known = ", ".join(sorted(unknown)), ", ".join(sorted(_OPTIONS))
+        raise TypeError(f"a step has no option {names}; it has {known}")
+    for name in _FLAGS:
+        value = options.get(name, False)
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    timeout_s = options.get("timeout")
+    if timeout_s is not None:
+        check_seconds("timeout", timeout_s)
 
 
 def _check_placements(placements: Sequence[Placement]) -> Model:
@@ -214,8 +240,8 @@ def _check_placement(placement: Placement, model: Model) -> None:
     check_layer(layer, model)
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be 1 or more, got {num_tokens}")
-    if start_pos is not None and start_pos < 0:
-        raise ValueError(f"start_pos must be 0 or more, got {start_pos}")
+    if start_pos is not None:
+        check_span("start_pos", start_pos, num_tokens)
 
 
 def check_layer(layer: int, model: Model) -> None:
@@ -251,7 +277,7 @@ def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bo
         session_handles=[placement.mirror.handle for placement in placements],
         layers=[placement.layer for placement in placements],
         num_tokens=[placement.num_tokens for placement in placements],
-        return_lse=options.get("return_lse", False),
+        return_lse=bool(options.get("return_lse", False)),
     )
     if not options.get("causal", True):
         header.causal = False

@@ -18,8 +18,8 @@ import grpc
 
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client._config import Retry
-from octavo_client._errors import ClientClosed, OctavoError
-from octavo_client._exchange import Exchange, Job, Outcome, deliver
+from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
+from octavo_client._exchange import Exchange, Job, Outcome, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Draft
@@ -42,10 +42,17 @@ class DecodeStream:
     Args:
         open_call: Starts a Decode call that sends the given messages.
         retry: How often to open again.
+        on_too_large: Called when the server ended a stream because a message was over its limit.
     """
 
-    def __init__(self, open_call: Callable[[Iterator[bytes]], DecodeCall], retry: Retry) -> None:
+    def __init__(
+        self,
+        open_call: Callable[[Iterator[bytes]], DecodeCall],
+        retry: Retry,
+        on_too_large: Callable[[], None],
+    ) -> None:
         self._open_call = open_call
+        self._on_too_large = on_too_large
         self._backoff = Backoff(retry)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -121,10 +128,28 @@ class DecodeStream:
     def _read_streams(self) -> None:
         self._backoff.reset()
         while True:
-            error = self._read_stream()
-            delay = self._backoff.next_delay(error) if is_passing(error) else None
+            error = self._read_to_end()
+            if isinstance(error, MessageTooLarge) and self._fail_too_large(error):
+                delay: float | None = 0.0
+            else:
+                delay = self._backoff.next_delay(error) if is_passing(error) else None
             if not self._goes_on(error, delay):
                 return
+
+    def _read_to_end(self) -> OctavoError:
+        """Read a stream; whatever happens, this thread goes on to tell those who wait."""
+        try:
+            return self._read_stream()
+        except Exception as error:
+            return unexpected(error)
+
+    def _fail_too_large(self, error: MessageTooLarge) -> bool:
+        """Fail the steps that are over the server's limit; False when there are none."""
+        self._on_too_large()
+        with self._lock:
+            outcomes = self._exchange.fail_too_large(error)
+        deliver(outcomes)
+        return bool(outcomes)
 
     def _goes_on(self, error: OctavoError, delay: float | None) -> bool:
         """Wait before the next stream; False when there is to be none, and then this thread ends."""
@@ -148,15 +173,15 @@ class DecodeStream:
         call = self._open(outbox)
         try:
             for response in call:
-                self._on_result(response.result)
-                if self._exchange.is_drained:
+                if self._on_result(response.result):
                     break
         except grpc.RpcError as error:
             return error_from_rpc(error)
         finally:
             call.cancel()
             outbox.put(None)
-        return self._exchange.ended()
+        with self._lock:
+            return self._exchange.ended()
 
     def _open(self, outbox: Outbox) -> DecodeCall:
         call = self._open_call(iter(outbox.get, None))
@@ -168,22 +193,33 @@ class DecodeStream:
             call.cancel()
         return call
 
-    def _on_result(self, result: pb.StepResult) -> None:
+    def _on_result(self, result: pb.StepResult) -> bool:
+        """Take a result; return whether it is time for another stream."""
         with self._lock:
-            outcomes, to_send = self._exchange.on_result(result, time.monotonic())
+            outcomes, to_send, is_drained = self._exchange.on_result(result, time.monotonic())
             self._send(to_send)
         if outcomes:
             self._backoff.reset()
         deliver(outcomes)
+        return is_drained
 
     def _watch_deadlines(self) -> None:
+        try:
+            self._expire_steps()
+        except Exception as error:
+            with self._lock:
+                self._watcher = None
+                outcomes = self._exchange.fail_all(unexpected(error))
+            deliver(outcomes)
+
+    def _expire_steps(self) -> None:
         while True:
             with self._lock:
                 if self._is_closed:
                     return
                 self._watch_until = self._exchange.next_deadline
                 self._changed.wait(_seconds_until(self._watch_until))
-                outcomes, to_send = self._exchange.expire(time.monotonic())
+                outcomes, to_send, _ = self._exchange.expire(time.monotonic())
                 self._send(to_send)
             deliver(outcomes)
 
@@ -196,4 +232,6 @@ def _start(target: Callable[[], None], name: str) -> threading.Thread:
 
 
 def _seconds_until(deadline: float) -> float | None:
-    return None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+    if deadline == float("inf"):
+        return None
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)

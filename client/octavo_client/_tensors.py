@@ -109,7 +109,8 @@ def _is_torch(value: Any) -> bool:
 
 def _from_torch(tensor: Any) -> HostArray:
     torch = sys.modules["torch"]
-    host = tensor.detach().cpu()
+    # Conjugation and negation may be pending bits of the tensor, which numpy does not know.
+    host = tensor.detach().cpu().resolve_conj().resolve_neg()
     # numpy has no bfloat16 of its own, so torch cannot hand it over; its bits can.
     array: HostArray = (
         host.view(torch.int16).numpy().view(_BFLOAT16)

@@ -13,7 +13,7 @@ from octavo_client._errors import RefusedError
 
 if TYPE_CHECKING:
     from octavo_client._async import AsyncSession
-    from octavo_client._sync import Session
+    from octavo_client._session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +124,12 @@ class StepOptions(TypedDict, total=False):
         causal: Whether token i attends up to position start_pos + i (default); False, without k and v only: every query
             attends to all that is cached.
         return_lse: Whether the result carries the log-sum-exp; False by default.
-        timeout: Seconds from submit to result; Timeout.step_s by default.
+        timeout: Seconds from submit to result, positive and finite; None = Timeout.step_s (default).
     """
 
     causal: bool
     return_lse: bool
-    timeout: float
+    timeout: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from operator import index
 from types import MappingProxyType
 
 import numpy as np
@@ -11,8 +12,27 @@ import numpy as np
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client._types import Model, ServerInfo, SessionState
 
+_MAX_POSITION = 2**32 - 1
+"""What the wire's fields hold."""
+
 PAGE_SIZE = 1000
 """Sessions asked for at once when listing."""
+
+
+def check_span(name: str, start_pos: int, num_tokens: int = 0) -> None:
+    """Check that positions fit the wire, those after `num_tokens` tokens too.
+
+    Raises:
+        ValueError: One does not.
+        TypeError: It is no integer.
+    """
+    if index(start_pos) < 0:
+        raise ValueError(f"{name} must be 0 or more, got {start_pos}")
+    if start_pos + num_tokens > _MAX_POSITION:
+        raise ValueError(
+            f"{name} must be at most {_MAX_POSITION - num_tokens}, got {start_pos}; "
+            "no cache is longer"
+        )
 
 
 def random_key() -> int:
@@ -31,10 +51,10 @@ def truncate_request(
     """Return the request to truncate a session; empty `expected_lengths` = no guard.
 
     Raises:
-        ValueError: The length is negative.
+        ValueError: The length is negative, or longer than any session.
+        TypeError: It is no integer.
     """
-    if length < 0:
-        raise ValueError(f"length must be 0 or more, got {length}")
+    check_span("length", length)
     return pb.TruncateSessionRequest(
         session_id=session_id, length=length, expected_lengths=expected_lengths
     )

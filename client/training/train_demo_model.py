@@ -8,7 +8,8 @@ The text is not kept in this repository. It is read through the `bible` program 
 The learning rate follows the wall clock: it warms up, then decays by a cosine over the budget, so
 a run always ends annealed. So does the context, which grows from 256 to 1,024 tokens: weights are
 exported at every evaluation, but those of a run cut short know the contexts trained so far alone.
-`--evaluate FILE` measures exported weights on the held-out text instead of training.
+`--evaluate FILE` measures exported weights instead of training: on the held-out text, on each of its
+books, and on as much of the training text.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -58,10 +59,11 @@ VERSE = re.compile(r"^(?P<book>[1-3]?[A-Za-z]+)(?P<chapter>\d+):\d+ (?P<text>.+)
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Training and held-out bytes, each `[num_bytes] uint8`."""
+    """Training and held-out bytes, each `[num_bytes] uint8`, and the books of the held-out ones."""
 
     train: Tensor
     held_out: Tensor
+    held_out_books: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def dump_bible() -> str:
@@ -89,7 +91,11 @@ def bible_corpus() -> Corpus:
     """Read the Bible and part it into training books and `HELD_OUT_BOOKS`."""
     books = books_of(dump_bible())
     held_out = {name: books.pop(name) for name in HELD_OUT_BOOKS}
-    return Corpus(_bytes_of("".join(books.values())), _bytes_of("".join(held_out.values())))
+    return Corpus(
+        _bytes_of("".join(books.values())),
+        _bytes_of("".join(held_out.values())),
+        {name: _bytes_of(text) for name, text in held_out.items()},
+    )
 
 
 def file_corpus(path: Path) -> Corpus:
@@ -306,28 +312,46 @@ def bits_per_byte(model: Decoder, data: Tensor, context: int, limit: int | None 
     return nats / sum(len(chunk) for chunk in chunks) / math.log(2)
 
 
+def evaluate(model: Decoder, corpus: Corpus) -> Iterator[tuple[str, float]]:
+    """Yield the names of texts and the model's bits per byte of them."""
+    context = model.config.max_context
+    yield "held-out text", bits_per_byte(model, corpus.held_out, context)
+    for name, data in corpus.held_out_books.items():
+        yield name, bits_per_byte(model, data, context)
+    limit = len(eval_windows(corpus.held_out, context, None))
+    yield f"training text, {limit} windows", bits_per_byte(model, corpus.train, context, limit)
+
+
 class Trainer:
     """One training run: the model, its optimizer and the clock."""
 
-    def __init__(self, model: Decoder, corpus: Corpus, recipe: Recipe, out: Path) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        corpus: Corpus,
+        recipe: Recipe,
+        out: Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.model, self.corpus, self.recipe, self.out = model, corpus, recipe, out
         self.optimizer = make_optimizer(model, recipe)
         self.rng = torch.Generator().manual_seed(1)
         self.step = self.num_bytes = 0
-        self.began = time.monotonic()
+        self.clock = clock
+        self.began = clock()
         self.forward: Callable[[Tensor], Tensor] = model
 
     @property
     def progress(self) -> float:
         """Fraction of the time budget spent."""
-        return (time.monotonic() - self.began) / (60 * self.recipe.minutes)
+        return (self.clock() - self.began) / (60 * self.recipe.minutes)
 
     def run(self) -> None:
         """Train until the budget is spent, exporting at every evaluation."""
         next_eval = 60 * self.recipe.eval_every_minutes
         while self.progress < 1.0:
             loss = self._train_step()
-            if time.monotonic() - self.began >= next_eval:
+            if self.clock() - self.began >= next_eval:
                 next_eval += 60 * self.recipe.eval_every_minutes
                 self._checkpoint(loss, limit=32)
             elif self.step % 100 == 0:
@@ -356,35 +380,49 @@ class Trainer:
         self._log(f"train {loss / math.log(2):.3f} held-out {held_out:.4f} bits/byte, exported")
 
     def _log(self, text: str) -> None:
-        minutes = (time.monotonic() - self.began) / 60
+        minutes = (self.clock() - self.began) / 60
         print(
             f"{minutes:6.1f} min  step {self.step:6d}  {self.num_bytes / 1e6:6.1f} MB  {text}",
             flush=True,
         )
 
 
-def parse_args() -> argparse.Namespace:
+def positive_minutes(text: str) -> float:
+    """Return a time budget; anything but a positive number is refused."""
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return minutes
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=70.0, help="training time budget")
-    parser.add_argument("--text", type=Path, help="plain text file to read instead of the Bible")
-    parser.add_argument("--out", type=Path, default=Path("tiny-kjv.safetensors"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--evaluate", type=Path, metavar="FILE", help="measure FILE, do not train")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the model; needs a C++ compiler"
-    )
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--minutes", type=positive_minutes, default=70.0, help="training time budget")
+    add("--text", type=Path, help="plain text file to read instead of the Bible")
+    add("--out", type=Path, default=Path("tiny-kjv.safetensors"))
+    add("--threads", type=int, default=2)
+    add("--evaluate", type=Path, metavar="FILE", help="measure FILE, do not train")
+    add("--compile", action="store_true", help="compile the model; needs a C++ compiler")
+    return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train, or evaluate."""
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     corpus = file_corpus(args.text) if args.text else bible_corpus()
     print(f"train {len(corpus.train):,} bytes, held out {len(corpus.held_out):,} bytes", flush=True)
+    try:  # now rather than at the first evaluation, after minutes of training
+        eval_windows(corpus.held_out, CONFIG.max_context, limit=1)
+    except ValueError as error:
+        parser.error(f"--text: {error}")
     if args.evaluate:
-        print(f"{bits_per_byte(load(args.evaluate), corpus.held_out, CONFIG.max_context):.4f}")
+        for name, bits in evaluate(load(args.evaluate), corpus):
+            print(f"{name}: {bits:.4f}", flush=True)
         return
     recipe = Recipe(args.minutes)
     model = Decoder(CONFIG, recipe.dropout)

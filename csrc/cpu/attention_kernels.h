@@ -20,6 +20,12 @@ namespace {
 inline constexpr int kLineBytes = 64;
 inline constexpr int kUnroll = 8;  // divides head_dim and the slots of a segment
 inline constexpr float kMinusInf = -__builtin_inff();
+inline constexpr float kLargestFloat = 0x1.fffffep127f;
+
+// V's scales carry this factor until a span ends. It keeps the products of the smallest weight
+// (2^-126) with the smallest scale (2^-24) clear of slow subnormal numbers, and leaves the largest
+// sums (2^31 tokens of 2^23) far from overflow.
+inline constexpr float kValueFactor = 0x1p40f;
 
 // Vectors of slots (scores) and of head_dim (values) that one pass keeps in registers beside its
 // rows: AVX-512 has 32 registers, the others count on 16.
@@ -53,7 +59,7 @@ struct Tile {
   int num_segments;
   Segment segments[kTileTokens / kMinBlockSize];
   alignas(64) float k_scales[kTileTokens];               // times sm_scale; 0 past kv_len
-  alignas(64) float v_scales[kTileTokens];               // 0 past kv_len
+  alignas(64) float v_scales[kTileTokens];               // times kValueFactor; 0 past kv_len
   alignas(64) float scores[kMaxTileRows * kTileTokens];  // [num_rows, kTileTokens], then weights
 };
 
@@ -98,7 +104,7 @@ inline void LoadScales(const SpanParams& params, const Segment& segment, Tile* t
   float* v_scales = tile->v_scales + segment.tile_offset;
   for (int i = 0; i < segment.num_slots; i += kLanes) {
     Store(k_scales + i, Mul(LoadHalves(segment.k_scales + i), sm_scale));
-    Store(v_scales + i, LoadHalves(segment.v_scales + i));
+    Store(v_scales + i, Mul(LoadHalves(segment.v_scales + i), Broadcast(kValueFactor)));
   }
   const int first_position = tile->begin + segment.tile_offset;
   for (int i = Max(0, params.kv_len - first_position); i < segment.num_slots; ++i) {
@@ -197,16 +203,19 @@ void ScoreTile(const SpanParams& params, Tile* tile) {
   }
 }
 
-// Applies K's scales, the soft cap and the mask to a row of scores; returns the largest.
+// Applies K's scales, the row's factor, the soft cap and the mask to a row of scores; returns the
+// largest. A score beyond FP32 becomes its largest number: infinity would make NaN of the weights.
 inline float FinishScores(const SpanParams& params, const Tile& tile, int row, float* scores) {
   const float soft_cap = params.options->soft_cap;
+  const Floats q_factor = Broadcast(params.q_factors[row]);
   const Floats first = Broadcast(static_cast<float>(params.row_begin[row] - tile.begin));
   const Floats last = Broadcast(static_cast<float>(params.row_end[row] - tile.begin));
   constexpr float kIota[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Floats index = Load(kIota);
   Floats max = Broadcast(kMinusInf);
   for (int i = 0; i < tile.num_tokens; i += kLanes) {
-    Floats score = Mul(Load(scores + i), Load(tile.k_scales + i));
+    Floats score = Mul(Mul(Load(scores + i), Load(tile.k_scales + i)), q_factor);
+    score = Clamp(score, kLargestFloat);
     if (soft_cap > 0.0f) {
       score = Mul(Broadcast(soft_cap), Tanh(Div(score, Broadcast(soft_cap))));
     }
@@ -351,6 +360,16 @@ void AttendSpanOf(const SpanParams& params, SpanState* state) {
   }
 }
 
+// Takes kValueFactor out of num_rows rows of weighted values.
+inline void UnscaleValues(int num_rows, int head_dim, float* values) {
+  const Floats factor = Broadcast(1.0f / kValueFactor);
+  for (int row = 0; row < num_rows; ++row, values += kMaxHeadDim) {
+    for (int d = 0; d < RoundUp(head_dim, kLanes); d += kLanes) {
+      Store(values + d, Mul(Load(values + d), factor));
+    }
+  }
+}
+
 void AttendSpan(const SpanParams& params, SpanState* state) {
   for (int row = 0; row < params.num_rows; ++row) state->softmax[row] = {kMinusInf, 0.0f};
   __builtin_memset(state->values, 0, sizeof(float) * kMaxHeadDim * params.num_rows);
@@ -358,6 +377,7 @@ void AttendSpan(const SpanParams& params, SpanState* state) {
       AttendSpanOf<1>, AttendSpanOf<2>, AttendSpanOf<3>, AttendSpanOf<4>,
       AttendSpanOf<5>, AttendSpanOf<6>, AttendSpanOf<7>, AttendSpanOf<8>};
   kByNumRows[params.num_rows - 1](params, state);
+  UnscaleValues(params.num_rows, params.cache->head_dim, state->values);
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 // The rows of a kv head (query token, query head of the group) are cut into tiles of up to 8, which
 // share each read of K and V. A tile attends to one run of context, cut into spans; each span ends
 // in a partial softmax state, and the states merge in span order, whoever computed them. In a
-// deterministic model the spans are 1024 positions each, so the answer depends on the session
-// alone; else one span does unless there are too few tiles for the threads.
+// deterministic model the spans are 1024 positions each, so the answer depends on the entry and its
+// context alone; else one span does unless there are too few tiles for the threads.
 
 #include <algorithm>
 #include <atomic>
@@ -24,6 +24,12 @@ namespace {
 constexpr int32_t kDeterministicSpan = 1024;
 constexpr int32_t kMinSpan = 256;
 constexpr int64_t kItemsPerThread = 4;  // enough to even out threads that run at different speeds
+
+// Rows of q that reach kHugeQuery, whose products with codes could leave FP32, are worked on as
+// this fraction of themselves. It is a power of two: no other row's bits may change, and none of
+// theirs.
+constexpr float kHugeQuery = 0x1p64f;
+constexpr float kHugeQueryFraction = 0x1p-64f;
 
 int64_t CeilDivide(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -100,6 +106,19 @@ void ReserveStates(DecodeWorkspace* workspace) {
   for (int64_t i = 0; i < num_tiles; ++i) workspace->num_spans_done[i] = 0;
 }
 
+// A tile's rows of q, in FP32.
+struct Queries {
+  alignas(64) float rows[kMaxTileRows * kMaxHeadDim];  // [num_rows, kMaxHeadDim]
+  float factors[kMaxTileRows];  // [num_rows] what rows are to be multiplied by
+};
+
+// Returns the factor that the row is to be multiplied by from here on: 1 unless it is huge.
+float TameQuery(uint32_t amax_bits, int32_t head_dim, float* row) {
+  if (amax_bits < FloatBits(kHugeQuery)) return 1.0f;
+  for (int32_t d = 0; d < head_dim; ++d) row[d] *= kHugeQueryFraction;
+  return 1.0f / kHugeQueryFraction;
+}
+
 // One launch of decode: its parameters, its plan, and the steps that a thread takes.
 class DecodeLaunch {
  public:
@@ -112,8 +131,8 @@ class DecodeLaunch {
 
  private:
   int64_t OutRow(const RowTile& tile, int32_t row) const;
-  void LoadQueries(const RowTile& tile, bool is_checked, float* q) const;
-  SpanParams MakeSpanParams(const RowTile& tile, const float* q) const;
+  void LoadQueries(const RowTile& tile, bool is_checked, Queries* queries) const;
+  SpanParams MakeSpanParams(const RowTile& tile, const Queries& queries) const;
   void SetSpan(const RowTile& tile, int32_t span_idx, SpanParams* span) const;
   void RunItem(const DecodeItem& item) const;
   void AttendAllSpans(const RowTile& tile, SpanParams* span) const;
@@ -178,15 +197,15 @@ int64_t DecodeLaunch::OutRow(const RowTile& tile, int32_t row) const {
   return token * params_.cache.num_q_heads + tile.kv_head * group_size + entry_row % group_size;
 }
 
-// q: [num_rows, kMaxHeadDim]; written.
-void DecodeLaunch::LoadQueries(const RowTile& tile, bool is_checked, float* q) const {
+void DecodeLaunch::LoadQueries(const RowTile& tile, bool is_checked, Queries* queries) const {
   const int32_t head_dim = params_.cache.head_dim;
   const int64_t row_bytes = head_dim * ElementBytes(params_.dtype);
   for (int32_t row = 0; row < tile.num_rows; ++row) {
     const int64_t out_row = OutRow(tile, row);
     const char* source = static_cast<const char*>(params_.q) + out_row * row_bytes;
-    const uint32_t amax_bits =
-        runtime_.kernels.load_row(params_.dtype, source, head_dim, q + row * kMaxHeadDim);
+    float* target = queries->rows + row * kMaxHeadDim;
+    const uint32_t amax_bits = runtime_.kernels.load_row(params_.dtype, source, head_dim, target);
+    queries->factors[row] = TameQuery(amax_bits, head_dim, target);
     if (!is_checked || amax_bits < kFloatInfBits) continue;
     const int64_t num_q_heads = params_.cache.num_q_heads;
     const int64_t token = out_row / num_q_heads - params_.batch.token_starts[tile.entry];
@@ -196,7 +215,7 @@ void DecodeLaunch::LoadQueries(const RowTile& tile, bool is_checked, float* q) c
   }
 }
 
-SpanParams DecodeLaunch::MakeSpanParams(const RowTile& tile, const float* q) const {
+SpanParams DecodeLaunch::MakeSpanParams(const RowTile& tile, const Queries& queries) const {
   const int32_t layer = params_.batch.layers[tile.entry];
   SpanParams span = {};
   span.cache = &params_.cache;
@@ -206,7 +225,8 @@ SpanParams DecodeLaunch::MakeSpanParams(const RowTile& tile, const float* q) con
   span.kv_head = tile.kv_head;
   span.kv_len = params_.batch.kv_lens[tile.entry];
   span.num_rows = tile.num_rows;
-  span.q = q;
+  span.q = queries.rows;
+  span.q_factors = queries.factors;
   for (int32_t row = 0; row < tile.num_rows; ++row) {
     const Range range = AttendedRange(params_, tile.entry, tile.first_row + row);
     span.row_begin[row] = range.begin;
@@ -224,9 +244,9 @@ void DecodeLaunch::SetSpan(const RowTile& tile, int32_t span_idx, SpanParams* sp
 
 void DecodeLaunch::RunItem(const DecodeItem& item) const {
   const RowTile& tile = workspace_.tiles[item.tile_idx];
-  alignas(64) float q[kMaxTileRows * kMaxHeadDim];
-  LoadQueries(tile, item.span_idx == 0, q);
-  SpanParams span = MakeSpanParams(tile, q);
+  Queries queries;
+  LoadQueries(tile, item.span_idx == 0, &queries);
+  SpanParams span = MakeSpanParams(tile, queries);
   if (tile.is_shared) {
     AttendOneSpan(item, &span);
   } else {

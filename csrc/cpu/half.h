@@ -11,6 +11,7 @@ namespace octavo::cpu {
 
 inline constexpr uint32_t kFloatInfBits = 0x7f800000;
 inline constexpr uint16_t kHalfInfBits = 0x7c00;
+inline constexpr float kLargestHalf = 65504.0f;
 
 inline uint32_t FloatBits(float x) {
   uint32_t bits;

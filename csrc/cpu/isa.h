@@ -30,6 +30,7 @@ struct SpanParams {
   int32_t end;                      // one past its last
   int32_t num_rows;                 // 1 .. kMaxTileRows
   const float* q;                   // [num_rows, kMaxHeadDim]
+  const float* q_factors;           // [num_rows] what each row of q is to be multiplied by
   int32_t row_begin[kMaxTileRows];  // [num_rows] row r attends to [row_begin[r], row_end[r])
   int32_t row_end[kMaxTileRows];
 };
@@ -64,7 +65,7 @@ struct IsaKernels {
   // as bits: 0x7f800000 and more say that not all are finite.
   uint32_t (*load_row)(DataType dtype, const void* source, int num_elements, float* row);
 
-  // Converts row * factor to dtype, to nearest even.
+  // Converts row * factor to dtype, to nearest even; FP16 saturates.
   void (*store_row)(DataType dtype, const float* row, float factor, int num_elements, void* target);
 
   // Rounds row * inverse_scale to nearest even codes.

@@ -1,5 +1,5 @@
 // Rows in and out: conversion to and from FP32, and the quantiser's rounding. Include after a
-// simd_*.h.
+// simd_*.h and vector_math.h.
 //
 // head_dim is a multiple of 8, so only 16 lanes leave a remainder; it is done with the scalar
 // conversions, which round alike.
@@ -21,12 +21,17 @@ struct Float32Codec {
   static float ToElement(float x) { return x; }
 };
 
+// Saturates: a sum of V may be a little over 65504 where no V is, as scales are rounded up, and far
+// over where V was stored from a wider type. BF16 holds whatever a cache can (65504 * 127).
 struct Float16Codec {
   using Element = uint16_t;
   static Floats Load(const uint16_t* p) { return LoadHalves(p); }
-  static void Store(uint16_t* p, Floats x) { StoreHalves(p, x); }
+  static void Store(uint16_t* p, Floats x) { StoreHalves(p, Clamp(x, kLargestHalf)); }
   static float FromElement(uint16_t x) { return HalfToFloat(x); }
-  static uint16_t ToElement(float x) { return FloatToHalf(x); }
+  static uint16_t ToElement(float x) {
+    const float bounded = x > kLargestHalf ? kLargestHalf : x < -kLargestHalf ? -kLargestHalf : x;
+    return FloatToHalf(bounded);
+  }
 };
 
 struct Bfloat16Codec {

@@ -21,6 +21,8 @@ inline Floats Add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats Sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats Mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats Div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+// Of two numbers of which one is NaN, Min and Max return the second.
+inline Floats Min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats Max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats Fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats Abs(Floats x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }

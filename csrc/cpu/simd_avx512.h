@@ -21,6 +21,8 @@ inline Floats Add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats Sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats Mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats Div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+// Of two numbers of which one is NaN, Min and Max return the second.
+inline Floats Min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats Max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats Fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats Abs(Floats x) { return _mm512_abs_ps(x); }

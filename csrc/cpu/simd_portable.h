@@ -30,6 +30,8 @@ inline Floats Add(Floats a, Floats b) { return a + b; }
 inline Floats Sub(Floats a, Floats b) { return a - b; }
 inline Floats Mul(Floats a, Floats b) { return a * b; }
 inline Floats Div(Floats a, Floats b) { return a / b; }
+// Of two numbers of which one is NaN, Min and Max return the second.
+inline Floats Min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats Max(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats Fma(Floats a, Floats b, Floats c) { return a * b + c; }  // rounds twice
 inline Floats Abs(Floats x) { return (Floats)((Mask)x & 0x7fffffff); }

@@ -1,4 +1,5 @@
-// exp and tanh over vectors, to about 1e-7 relative. Include after a simd_*.h.
+// Bounds, exp and tanh over vectors, the latter two to about 1e-7 relative. Include after a
+// simd_*.h.
 //
 // Range reduction and minimax coefficients are those of expf and tanhf in the Cephes library
 // (S. L. Moshier, netlib.org/cephes, single precision).
@@ -9,9 +10,13 @@
 namespace octavo::cpu {
 namespace {
 
-// Below this, exp is taken as zero. It is far under what a sum that holds exp(0) can show in FP32,
-// and keeps products of weights and scales clear of (slow) subnormal numbers.
-inline constexpr float kLowestExponent = -64.0f;
+// Below this, exp is taken as zero: the end of FP32's normal range, as subnormal numbers are slow.
+inline constexpr float kLowestExponent = -87.0f;
+
+// Bounds x by -limit and limit; NaN stays.
+inline Floats Clamp(Floats x, float limit) {
+  return Min(Broadcast(limit), Max(Broadcast(-limit), x));
+}
 
 // c[0] x^n + c[1] x^(n-1) + ... + c[n], by Horner's rule.
 template <int kNumTerms>

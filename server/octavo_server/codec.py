@@ -1,4 +1,4 @@
-"""Between messages and the engine's values: parses bytes, views tensors without copying, encodes answers."""
+"""Between messages and the engine's values: parses bytes, views tensors, encodes answers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ DTYPES: dict[v1.DataType, np.dtype[Any]] = {
     v1.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
     v1.DATA_TYPE_FLOAT32: np.dtype(np.float32),
 }
+_NUM_AXES = 3
 _WIRE_DTYPES = {dtype: wire for wire, dtype in DTYPES.items()}
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
@@ -42,7 +43,7 @@ def parse(message_type: type[AnyMessage], data: bytes) -> AnyMessage:
 
 
 def read_tensor(field: str, tensor: v1.Tensor) -> HostArray:
-    """Return a read-only view of a tensor's bytes.
+    """Return a tensor as a read-only array of 3 axes, over the one copy of its bytes that protobuf makes.
 
     Raises:
         OctavoError: BAD_TENSOR.
@@ -51,17 +52,24 @@ def read_tensor(field: str, tensor: v1.Tensor) -> HostArray:
     if dtype is None:
         expected = "one of " + ", ".join(v1.DataType.Name(known) for known in DTYPES)
         raise mismatch(Reason.BAD_TENSOR, f"{field}.dtype", expected, tensor.dtype)
-    shape = tuple(tensor.shape)
+    shape = tuple(tensor.shape[:_NUM_AXES])
+    if len(tensor.shape) != _NUM_AXES or 0 in shape:
+        expected = "[num_tokens, num_heads, head_dim], each at least 1"
+        actual = f"{len(tensor.shape)} axes, the first {list(shape)}"
+        raise mismatch(Reason.BAD_TENSOR, f"{field}.shape", expected, actual)
+    data = tensor.data  # each access copies
     expected_bytes = math.prod(shape) * dtype.itemsize
-    if len(tensor.data) != expected_bytes or not shape:
+    if len(data) != expected_bytes:
         expected = f"{expected_bytes} bytes for {dtype} of shape {list(shape)}"
-        raise mismatch(Reason.BAD_TENSOR, f"{field}.data", expected, f"{len(tensor.data)} bytes")
-    return np.frombuffer(tensor.data, dtype).reshape(shape)
+        raise mismatch(Reason.BAD_TENSOR, f"{field}.data", expected, f"{len(data)} bytes")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
-def write_tensor(array: NDArray[Any]) -> v1.Tensor:
-    """Return an array as a message."""
-    return v1.Tensor(data=array.tobytes(), dtype=_WIRE_DTYPES[array.dtype], shape=array.shape)
+def write_tensor(tensor: v1.Tensor, array: NDArray[Any]) -> None:
+    """Fill in a tensor."""
+    tensor.data = array.tobytes()
+    tensor.dtype = _WIRE_DTYPES[array.dtype]
+    tensor.shape.extend(array.shape)
 
 
 def read_step(step: v1.Step) -> StepRequest:
@@ -107,18 +115,17 @@ def read_append(message: v1.AppendRequest) -> StepRequest:
     )
 
 
-def write_answer(step_id: int, answer: StepAnswer) -> v1.StepResult:
-    """Return the result of a step."""
-    result = v1.StepResult(step_id=step_id)
+def write_answer(result: v1.StepResult, step_id: int, answer: StepAnswer) -> None:
+    """Fill in the result of a step."""
+    result.step_id = step_id
     if answer.error is not None:
         result.error.CopyFrom(to_status(answer.error))
     if answer.out is not None:
-        result.out.CopyFrom(write_tensor(answer.out))
+        write_tensor(result.out, answer.out)
     if answer.lse is not None:
-        result.lse.CopyFrom(write_tensor(answer.lse))
+        write_tensor(result.lse, answer.lse)
     for entry_idx, error in sorted(answer.entry_errors.items()):
         result.entry_errors.add(entry_idx=entry_idx, error=to_status(error))
-    return result
 
 
 def write_session(state: SessionState) -> v1.Session:

@@ -111,7 +111,7 @@ def _show_memory(size: MemorySize) -> str:
 
 
 DEFAULT_MEMORY = MemorySize(fraction=0.5)
-"""A pool's size when a model gives neither num_blocks nor memory."""
+"""The size of the pools, all together, of the models that give neither num_blocks nor memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class ModelKeys:
     memory: MemorySize | None = setting(  # noqa: RUF009 - makes a field, not a value
         None,
         _memory(),
-        f"Size of the pool; {_show_memory(DEFAULT_MEMORY)} without it and without num_blocks.",
+        f"Size of the pool; models without it and num_blocks share {_show_memory(DEFAULT_MEMORY)}.",
     )
     sm_scale: float | tuple[float, ...] | None = setting(
         None, per_layer(number(1e-6, 1e6)), "Softmax scale; 1/sqrt(head_dim) without it."
@@ -238,7 +238,7 @@ def load_config(
         )
     if report.mistakes:
         raise ConfigError(report.lines())
-    return ServerConfig(**server, models=tuple(map(_model_config, served)))
+    return ServerConfig(**server, models=_model_configs(served))
 
 
 def _parse_models(source: Source, report: Report) -> list[_Parsed]:
@@ -350,7 +350,14 @@ def read_sinks(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
     return sinks
 
 
-def _model_config(model: _Parsed) -> ModelConfig:
+def _model_configs(models: Sequence[_Parsed]) -> tuple[ModelConfig, ...]:
+    """Return the models; those without a size share the default evenly."""
+    num_unsized = sum(not ({"num_blocks", "memory"} & set(model.values)) for model in models)
+    share = MemorySize(fraction=(DEFAULT_MEMORY.fraction or 0.0) / max(num_unsized, 1))
+    return tuple(_model_config(model, share) for model in models)
+
+
+def _model_config(model: _Parsed, default_memory: MemorySize) -> ModelConfig:
     keys = ModelKeys(**model.values)
     spec = ModelSpec(
         name=keys.name,
@@ -366,7 +373,7 @@ def _model_config(model: _Parsed) -> ModelConfig:
         sinks=model.values.get("sinks"),
         deterministic=keys.deterministic,
     )
-    memory = keys.memory or (None if keys.num_blocks else DEFAULT_MEMORY)
+    memory = keys.memory or (None if keys.num_blocks else default_memory)
     return ModelConfig(spec, keys.num_blocks, memory)
 
 

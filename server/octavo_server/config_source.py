@@ -115,7 +115,7 @@ def read_file(path: Path, report: Report) -> Source | None:
     except OSError as error:
         report.add(Where(str(path)), f"cannot be read: {error.strerror}; expected a file")
         return None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         _report_syntax(error, top, report)
         return None
     if root is None:
@@ -131,7 +131,7 @@ def read_file(path: Path, report: Report) -> Source | None:
     return Source(server, tuple(_read_models(where, models_node, path.parent, report)))
 
 
-def _report_syntax(error: yaml.YAMLError, top: Where, report: Report) -> None:
+def _report_syntax(error: Exception, top: Where, report: Report) -> None:
     mark = getattr(error, "problem_mark", None)
     line = mark.line + 1 if mark else 0
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]

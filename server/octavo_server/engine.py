@@ -128,11 +128,13 @@ class Engine:
             )
 
     def stop(self) -> None:
-        """End the engine's thread after the launch that runs; what is still queued stays unapplied."""
+        """End the engine's thread after the launch that runs; what is still queued is refused, unapplied."""
         with self._changed:
             self._is_draining = self._is_stopped = True
             self._changed.notify_all()
         self._thread.join()
+        for queued in self._scheduler.clear():
+            _refuse(queued, errors.draining())
 
     @property
     def num_sessions(self) -> int:
@@ -149,9 +151,10 @@ class Engine:
             self._check_accepting()
             pool = self.pools.get(model)
             if pool is None:
-                message = f"no model {model!r}; this server serves: {', '.join(self.pools)}"
-                raise OctavoError(Reason.MODEL_NOT_FOUND, message, model=model)
-            return _state(self._sessions.open(pool.spec, pool.blocks, request_id))
+                raise errors.model_not_found(model)
+            state = _state(self._sessions.open(pool.spec, pool.blocks, request_id))
+        log.debug("session %s of model %s is open", state.session_id, model)
+        return state
 
     def get_session(self, session_id: str) -> SessionState:
         """Return a session's state.
@@ -183,7 +186,7 @@ class Engine:
     def truncate_session(
         self, session_id: str, length: int, expected_lengths: Sequence[int]
     ) -> Future[SessionState]:
-        """Truncate a session once the work accepted before is done.
+        """Truncate a session once the work accepted before is done, unless the future is cancelled by then.
 
         Returns:
             The state after it, or OctavoError: SESSION_NOT_FOUND, POSITION_MISMATCH or SHAPE_MISMATCH.
@@ -199,7 +202,7 @@ class Engine:
         return self._submit_change(session_id, truncate)
 
     def close_session(self, session_id: str) -> Future[int]:
-        """Close a session once the work accepted before is done.
+        """Close a session once the work accepted before is done, unless the future is cancelled by then.
 
         Returns:
             The blocks freed by it, or OctavoError: SESSION_NOT_FOUND.
@@ -210,6 +213,7 @@ class Engine:
 
         def close(session: Session) -> int:
             self._sessions.forget(session)
+            log.debug("session %s closes at lengths %s", session_id, session.lengths)
             return session.close()
 
         return self._submit_change(session_id, close)
@@ -219,6 +223,7 @@ class Engine:
         request: StepRequest,
         answer: Callable[[StepAnswer], None],
         is_cancelled: Callable[[], bool] = lambda: False,
+        arrived_at: float | None = None,
     ) -> None:
         """Queue a step.
 
@@ -226,6 +231,7 @@ class Engine:
             request: The step.
             answer: Called once with the answer, from this thread or the engine's; must not block.
             is_cancelled: Asked when the step's turn comes; a cancelled step is dropped, unapplied and unanswered.
+            arrived_at: When its timeout began, on time.monotonic(); now by default.
 
         Raises:
             OctavoError: The step cannot be queued: EMPTY_STEP, SHAPE_MISMATCH, DTYPE_MISMATCH, DUPLICATE_ENTRY,
@@ -241,7 +247,8 @@ class Engine:
             return
         check_tensors(request, pool.spec)
         step = _QueuedStep(request, sessions, pool, answer)
-        self._enqueue(_work_item(step, is_cancelled))
+        started_at = time.monotonic() if arrived_at is None else arrived_at
+        self._enqueue(_work_item(step, is_cancelled, started_at))
 
     def _submit_change(
         self, session_id: str, change: Callable[[Session], Result]
@@ -251,7 +258,8 @@ class Engine:
             session = self._sessions.by_id(session_id)
         future: Future[Result] = Future()
         key = WorkKey(session.handle, WHOLE_SESSION)
-        self._enqueue(WorkItem(_QueuedChange(session, change, future), frozenset([key])))
+        queued = _QueuedChange(session, change, future)
+        self._enqueue(WorkItem(queued, frozenset([key]), is_cancelled=future.cancelled))
         return future
 
     def _enqueue(self, item: WorkItem[_Queued]) -> None:
@@ -303,6 +311,8 @@ class Engine:
                 _refuse(queued, _device_failure())
 
     def _run_change(self, queued: _QueuedChange) -> None:
+        if not queued.future.set_running_or_notify_cancel():
+            return
         try:
             with self._changed:
                 if queued.session.is_closed:
@@ -350,7 +360,9 @@ def _state(session: Session) -> SessionState:
     )
 
 
-def _work_item(step: _QueuedStep, is_cancelled: Callable[[], bool]) -> WorkItem[_Queued]:
+def _work_item(
+    step: _QueuedStep, is_cancelled: Callable[[], bool], started_at: float
+) -> WorkItem[_Queued]:
     request = step.request
     tensor = next(iter(request.tensors.values()))
     timeout_s = request.timeout_ms / 1000 if request.timeout_ms else float("inf")
@@ -359,7 +371,7 @@ def _work_item(step: _QueuedStep, is_cancelled: Callable[[], bool]) -> WorkItem[
         keys=frozenset(map(WorkKey, request.handles, request.layers)),
         batch_key=(step.pool.spec.name, tensor.dtype, tuple(request.tensors)),
         num_tokens=sum(request.num_tokens),
-        deadline=time.monotonic() + timeout_s,
+        deadline=started_at + timeout_s,
         is_cancelled=is_cancelled,
     )
 
@@ -367,7 +379,9 @@ def _work_item(step: _QueuedStep, is_cancelled: Callable[[], bool]) -> WorkItem[
 def _refuse(queued: _Queued, error: OctavoError) -> None:
     if isinstance(queued, _QueuedStep):
         queued.answer(StepAnswer(error=error))
-    elif not queued.future.done():
+    elif not queued.future.done() and (
+        queued.future.running() or queued.future.set_running_or_notify_cancel()
+    ):
         queued.future.set_exception(error)
 
 

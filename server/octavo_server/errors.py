@@ -8,6 +8,9 @@ from enum import StrEnum
 RETRY_DELAY_MS = 100
 """What a refusal that waiting cures asks the client to wait."""
 
+MAX_VALUE_LEN = 200
+"""Characters of a quoted value: a refusal travels in a trailer, which gRPC limits to a few kilobytes."""
+
 
 class Reason(StrEnum):
     """Stable names of refusals: the `reason` of google.rpc.ErrorInfo."""
@@ -89,31 +92,41 @@ class OctavoError(Exception):
     """
 
     def __init__(self, reason: Reason, message: str, **metadata: object) -> None:
-        super().__init__(message)
+        super().__init__(_shorten(message, 4 * MAX_VALUE_LEN))
         expected = REASONS[reason].metadata
         if set(metadata) != set(expected):
             raise TypeError(f"{reason} carries {expected}, got {tuple(metadata)}")
         self.reason = reason
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.metadata = {
+            key: _shorten(str(value), MAX_VALUE_LEN) for key, value in metadata.items()
+        }
 
 
 def mismatch(reason: Reason, field: str, expected: object, actual: object) -> OctavoError:
     """Return a refusal of a field that is not what it must be."""
-    message = f"{field} must be {expected}, got {actual}"
-    return OctavoError(reason, message, field=field, expected=expected, actual=actual)
+    shown = _shorten(str(actual), MAX_VALUE_LEN)
+    message = f"{field} must be {expected}, got {shown}"
+    return OctavoError(reason, message, field=field, expected=expected, actual=shown)
 
 
 def session_not_found(session_id: str) -> OctavoError:
-    """Return the refusal of a session id or handle that names no open session."""
-    message = f"no open session {session_id!r}: it was closed or never opened; open a new one"
-    return OctavoError(Reason.SESSION_NOT_FOUND, message, session_id=session_id)
+    """Return the refusal of a session id that names no open session, or of a handle in decimal."""
+    shown = _shorten(session_id, MAX_VALUE_LEN)
+    message = f"no open session {shown!r}: it was closed or never opened; open a new one"
+    return OctavoError(Reason.SESSION_NOT_FOUND, message, session_id=shown)
 
 
-def position_mismatch(layer: int, start_pos: int, length: int) -> OctavoError:
-    """Return the refusal of a position that is neither the length nor a replay."""
+def model_not_found(model: str) -> OctavoError:
+    """Return the refusal of a name that is no model's."""
+    shown = _shorten(model, MAX_VALUE_LEN)
+    message = f"no model {shown!r} is served; ServerInfo lists those that are"
+    return OctavoError(Reason.MODEL_NOT_FOUND, message, model=shown)
+
+
+def position_mismatch(layer: int, start_pos: int, length: int, advice: str) -> OctavoError:
+    """Return the refusal of a position that does not fit what a layer holds."""
     message = (
-        f"start_pos {start_pos} does not fit layer {layer}, which holds {length} tokens; "
-        "go on from its length, or truncate first"
+        f"start_pos {start_pos} does not fit layer {layer}, which holds {length} tokens: {advice}"
     )
     return OctavoError(
         Reason.POSITION_MISMATCH, message, start_pos=start_pos, length=length, layer=layer
@@ -128,3 +141,7 @@ def limit_reached(reason: Reason, what: str, limit: int) -> OctavoError:
 def draining() -> OctavoError:
     """Return the refusal of new work by a server that shuts down."""
     return OctavoError(Reason.DRAINING, "the server is shutting down; retry on another one")
+
+
+def _shorten(text: str, max_len: int) -> str:
+    return text if len(text) <= max_len else text[: max_len - 1] + "…"

@@ -2,7 +2,8 @@
 
 A build lives in `<cache>/kernels/<hash of sources, flags and torch>-<hash of the compiler>`, where
 `<cache>` is $OCTAVO_CACHE_DIR, else $XDG_CACHE_HOME/octavo, else ~/.cache/octavo. A library is
-compiled elsewhere and renamed into place, under a lock, so that one that is there is complete.
+compiled elsewhere and renamed into place, under a lock, with its digest beside it; one that does not
+have that digest (any more) is built again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +35,7 @@ CFLAGS = ("-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra")
 """No fast-math, and no contraction: both would change stored codes."""
 
 _LOG_NAME = "build.log"
+_SCRATCH_PREFIX = "build-"
 _NUM_TAIL_LINES = 20
 _SOURCE_SUFFIXES = (".h", ".cpp")
 
@@ -59,16 +60,34 @@ def find_csrc() -> Path:
 
 
 def build_cpu_kernels(verbose: bool = False) -> Path:
-    """Return the CPU library, built now unless it was before.
+    """Return the CPU library, loaded, and built now unless it was before.
 
     Args:
         verbose: Show the compiler's commands and output.
 
     Raises:
-        UnsupportedError: There is no compiler or no ninja, the compiler failed, or the library cannot
-            be kept.
+        UnsupportedError: There is no compiler that will do or no ninja, the compiler failed, or the
+            library cannot be kept or loaded.
     """
-    return build_library(find_csrc(), cache_directory(), compile_with_torch, verbose=verbose)
+    library = build_library(find_csrc(), cache_directory(), compile_with_torch, verbose=verbose)
+    load_library(library)
+    return library
+
+
+def load_library(library: Path) -> None:
+    """Load a library of operations into torch; once more does nothing.
+
+    Raises:
+        UnsupportedError: The system does not take it; the text says why.
+    """
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise UnsupportedError(
+            f"the cpu backend cannot load its kernels from {library.parent}: "
+            f"{error.__cause__ or error}; delete that directory, or set OCTAVO_CACHE_DIR to one that "
+            "programs can be run from"
+        ) from error
 
 
 def cache_directory() -> Path:
@@ -93,12 +112,20 @@ def build_library(csrc: Path, cache: Path, compile_: Compile, *, verbose: bool) 
     if compiler is None:
         return _any_build(cache, content)
     library = cache / f"{content}-{_short_hash([compiler])}" / f"{CPU_LIBRARY}.so"
-    if library.exists():
+    if is_intact(library):
         return library
     with _locked(library.parent):
-        if not library.exists():  # another process may have built it meanwhile
+        if not is_intact(library):  # another process may have built it meanwhile
             _build(csrc, library, compile_, verbose=verbose)
     return library
+
+
+def is_intact(library: Path) -> bool:
+    """Return whether a library is there, and is what was compiled."""
+    try:
+        return _digest_path(library).read_text() == _digest(library)
+    except OSError:
+        return False
 
 
 def content_hash(csrc: Path) -> str:
@@ -110,18 +137,31 @@ def content_hash(csrc: Path) -> str:
 
 
 def compiler_version() -> str | None:
-    """Return the C++ compiler's name and version, None when there is none."""
-    try:
-        answer = subprocess.run(
-            [*shlex.split(_compiler()), "--version"], capture_output=True, text=True, check=True
+    """Return the C++ compiler's name and version, None when there is none.
+
+    Raises:
+        UnsupportedError: It cannot be one of ours.
+    """
+    compiler = _compiler()
+    if len(compiler.split()) != 1:
+        raise UnsupportedError(
+            f"CXX must be one program, got {compiler!r}; name a compiler, or a script that runs yours"
         )
+    try:
+        answer = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{_compiler()} {answer.stdout.splitlines()[0]}"
+    version = answer.stdout.partition("\n")[0]
+    if "clang" in version and platform.machine() == "x86_64":  # it ignores GCC's target pragmas
+        raise UnsupportedError(
+            f"on x86-64 the kernels need GCC, {compiler!r} is {version!r}; install it (Debian and "
+            "Ubuntu: apt-get install g++) and set CXX=g++"
+        )
+    return f"{compiler} {version}"
 
 
 def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
+    return os.environ.get("CXX") or "c++"
 
 
 def _sources(csrc: Path) -> list[Path]:
@@ -132,10 +172,19 @@ def _short_hash(parts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _digest_path(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
 def _any_build(cache: Path, content: str) -> Path:
     """Return a build of this content by any compiler: an image may carry it and no compiler."""
     for library in sorted(cache.glob(f"{content}-*/{CPU_LIBRARY}.so")):
-        return library
+        if is_intact(library):
+            return library
     raise UnsupportedError(
         f"the cpu backend compiles its kernels on first use and found no C++ compiler "
         f"{_compiler()!r}: install one (Debian and Ubuntu: apt-get install g++), or name yours in "
@@ -150,33 +199,56 @@ def _locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / "lock").open("w")
     except OSError as error:
-        raise UnsupportedError(
-            f"the cpu backend cannot keep its kernels in {directory}: {error}; set "
-            "OCTAVO_CACHE_DIR to a directory that can be written"
-        ) from error
+        raise UnsupportedError(_cache_text(directory, error)) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _build(csrc: Path, library: Path, compile_: Compile, *, verbose: bool) -> None:
-    """Compile in a scratch directory and rename the library into its place."""
+    """Compile in a scratch directory and move the library into its place; the lock is held."""
     log.info("compiling the CPU kernels for this machine: about a minute, once")
     start_s = time.monotonic()
     sources = [path for path in _sources(csrc) if path.suffix == ".cpp"]
-    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as scratch:
-        try:
-            compile_(sources, Path(scratch), verbose).rename(library)
-        except RuntimeError as error:
-            log_path = library.parent / _LOG_NAME
-            log_path.write_text(str(error))
-            raise UnsupportedError(_failure_text(str(error), log_path)) from error
+    try:
+        for stale in library.parent.glob(f"{_SCRATCH_PREFIX}*"):  # of a process that was killed
+            shutil.rmtree(stale)
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH_PREFIX, dir=library.parent) as scratch:
+            _keep(compile_(sources, Path(scratch), verbose), library)
+    except RuntimeError as error:
+        raise UnsupportedError(_failure_text(str(error), library.parent / _LOG_NAME)) from error
+    except ImportError as error:
+        raise UnsupportedError(f"compiling the CPU kernels failed: {error}; install it") from error
+    except OSError as error:
+        raise UnsupportedError(_cache_text(library.parent, error)) from error
     log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - start_s, library)
 
 
+def _keep(compiled: Path, library: Path) -> None:
+    """Move what was compiled to `library`, its digest first; on disk before it has that name."""
+    digest = compiled.with_suffix(".sha256")
+    digest.write_text(_digest(compiled))
+    for path, target in ((digest, _digest_path(library)), (compiled, library)):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.rename(target)
+
+
 def _failure_text(output: str, log_path: Path) -> str:
+    """Return the end of the compiler's output, once all of it is in a file if there is room."""
     tail = "\n".join(output.splitlines()[-_NUM_TAIL_LINES:])
+    try:
+        log_path.write_text(output)
+    except OSError as error:
+        return f"compiling the CPU kernels failed ({log_path}: {error}), the end is:\n{tail}"
     return f"compiling the CPU kernels failed; all of it is in {log_path}, the end is:\n{tail}"
+
+
+def _cache_text(directory: Path, error: OSError) -> str:
+    return (
+        f"the cpu backend cannot keep its kernels in {directory}: {error.__cause__ or error}; set "
+        "OCTAVO_CACHE_DIR to a directory that can be written and that programs can be run from"
+    )
 
 
 def compile_with_torch(sources: Sequence[Path], directory: Path, verbose: bool) -> Path:
@@ -184,7 +256,7 @@ def compile_with_torch(sources: Sequence[Path], directory: Path, verbose: bool) 
     # Costs most of a second, and is needed once: not at module level.
     from torch.utils import cpp_extension  # noqa: PLC0415
 
-    with _ninja_on_path():
+    with _build_environment():
         library = cpp_extension.load(
             CPU_LIBRARY,
             [str(path) for path in sources],
@@ -198,11 +270,12 @@ def compile_with_torch(sources: Sequence[Path], directory: Path, verbose: bool) 
 
 
 @contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """Let torch find the ninja of this environment when its bin directory is not on PATH."""
-    path = os.environ.get("PATH", "")
+def _build_environment() -> Iterator[None]:
+    """Let torch find the compiler, and this environment's ninja where its bin is not on PATH."""
+    path, compiler = os.environ.get("PATH", ""), os.environ.get("CXX")
     here = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([path, here])
+    os.environ["CXX"] = _compiler()  # torch would take an empty one as it is
     try:
         if shutil.which("ninja") is None:
             raise UnsupportedError(
@@ -212,3 +285,6 @@ def _ninja_on_path() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = path
+        del os.environ["CXX"]
+        if compiler is not None:
+            os.environ["CXX"] = compiler

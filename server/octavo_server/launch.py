@@ -168,8 +168,12 @@ def _clear_refused(rows: NDArray[Any] | None, entries: Sequence[LaunchEntry]) ->
 def build_batch(entries: Sequence[LaunchEntry], block_size: int) -> RaggedBatch:
     """Lay entries out as arrays and compute their slots on the host."""
     admitted = [entry.admission.kv_len > 0 for entry in entries]
+    # Only a causal entry's position means anything; any other may be out of range.
     start_pos = np.array(
-        [entry.start_pos if ok else 0 for entry, ok in zip(entries, admitted, strict=True)],
+        [
+            entry.start_pos if ok and entry.is_causal else 0
+            for entry, ok in zip(entries, admitted, strict=True)
+        ],
         np.int32,
     )
     token_starts = np.zeros(len(entries) + 1, np.int32)

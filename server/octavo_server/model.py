@@ -29,7 +29,8 @@ class ModelSpec:
         window: [num_layers] tokens of the sliding window, 0 = none.
         soft_cap: [num_layers] soft cap of the scores, 0 = none.
         sinks: [num_layers, num_q_heads] float32 sink logits, or None.
-        deterministic: Answers are the same bits whatever the batch and the number of threads.
+        deterministic: An entry's answer is the same bits whatever else is in the batch and however many threads
+            there are; the same tokens cut into other entries may differ in the last bits.
     """
 
     name: str

@@ -51,12 +51,10 @@ class Turn(NamedTuple, Generic[Payload]):
     Attributes:
         batch: Payloads that share the next launch, in the order of arrival; empty when nothing is left to run.
         expired: Payloads whose deadline passed in the queue.
-        cancelled: Payloads whose caller is gone.
     """
 
     batch: list[Payload]
     expired: list[Payload]
-    cancelled: list[Payload]
 
 
 class Scheduler(Generic[Payload]):
@@ -77,18 +75,24 @@ class Scheduler(Generic[Payload]):
         """Queue a piece of work behind everything that is queued."""
         self._queue.append(item)
 
+    def clear(self) -> list[Payload]:
+        """Take everything off the queue, unrun."""
+        payloads = [item.payload for item in self._queue]
+        self._queue = []
+        return payloads
+
     def next_turn(self, now: float) -> Turn[Payload]:
         """Take the oldest work and all that may run with it off the queue.
 
-        The caller runs the batch to its end before it asks again.
+        The caller runs the batch to its end before it asks again. Cancelled work is dropped.
         """
-        turn: Turn[Payload] = Turn([], [], [])
+        turn: Turn[Payload] = Turn([], [])
         batch = _Batch(self._max_batch_tokens)
         waiting = []
         for item in self._queue:
             if item.is_cancelled():
-                turn.cancelled.append(item.payload)
-            elif item.deadline <= now:
+                continue
+            if item.deadline <= now:
                 turn.expired.append(item.payload)
             elif batch.takes(item):
                 turn.batch.append(item.payload)

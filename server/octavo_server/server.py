@@ -34,7 +34,16 @@ READY_SERVICES = ("", "ready", SERVICE_NAME)
 """Health services that serve while the server takes new work."""
 
 RESERVED_THREADS = 8
-"""Handler threads that no stream and no waiting call can hold: health, ServerInfo and other short calls."""
+"""Handler threads for the short calls, beside those that streams and waiting calls may hold."""
+
+HEALTH_THREADS = 4
+"""Threads that answer health alone, so that calls of any other kind cannot use them up."""
+
+KEEPALIVE_MS = 20_000
+"""A client that is silent for this long is pinged."""
+
+KEEPALIVE_TIMEOUT_MS = 10_000
+"""A client that does not answer a ping for this long is gone, and its streams are free."""
 
 STREAM_END_S = 5.0
 """Grace for streams to end once they have been told."""
@@ -59,6 +68,11 @@ class Server:
         pools = _alloc_pools(backend, config.models)
         sessions = SessionStore(incarnation, config.max_sessions)
         self._health = health.HealthServicer()
+        # gRPC runs a behaviour that has a pool of its own there.
+        check: Any = self._health.Check
+        check.__func__.experimental_thread_pool = ThreadPoolExecutor(
+            HEALTH_THREADS, thread_name_prefix="octavo-health"
+        )
         self._engine = Engine(backend, pools, sessions, on_failure=self._set_unready)
         identity = Identity(
             software_version(), incarnation, backend.name, backend.description, config.max_sessions
@@ -132,7 +146,9 @@ def run(config: ServerConfig) -> int:
     if server.stop():
         log.info("stopped; everything accepted was finished")
         return 0
-    log.error("stopped with work unfinished after %g s", config.drain_timeout_s)
+    log.error(
+        "stopped; work was left unfinished after drain_timeout_s, %g s", config.drain_timeout_s
+    )
     return 1
 
 
@@ -176,16 +192,16 @@ def _check_fit(models: tuple[ModelConfig, ...], sizes: list[int], free_bytes: in
 
 
 def _log_pool(spec: ModelSpec, num_blocks: int) -> None:
-    num_tokens = num_blocks * spec.block_size
+    num_tokens, num_bytes = num_blocks * spec.block_size, num_blocks * spec.block_bytes
     log.info(
-        "model %s: %s blocks of %d tokens hold %s tokens in %s bytes (%.2f GiB); FP16 would take %s bytes",
+        "model %s: %s blocks of %d tokens hold %s tokens in %s bytes (%.2f GiB), where FP16 would hold %s tokens",
         spec.name,
         f"{num_blocks:,}",
         spec.block_size,
         f"{num_tokens:,}",
-        f"{num_tokens * spec.int8_token_bytes:,}",
-        num_tokens * spec.int8_token_bytes / GIB,
-        f"{num_tokens * spec.fp16_token_bytes:,}",
+        f"{num_bytes:,}",
+        num_bytes / GIB,
+        f"{num_bytes // spec.fp16_token_bytes:,}",
     )
 
 
@@ -208,6 +224,10 @@ def _create_grpc_server(
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+            # Without it gRPC waits a minute for the answer to the ping, whatever the line above.
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
             # Clients may ping every 10 s, also without calls, and keep one stream for days.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -241,4 +261,5 @@ def _reflection_handler(names: tuple[str, ...], gate: Gate) -> grpc.GenericRpcHa
 
 
 def _join_host_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    bare = host.removeprefix("[").removesuffix("]")
+    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -25,7 +25,10 @@ from octavo_server.step_stream import StepStream
 SERVICE_NAME = v1.DESCRIPTOR.services_by_name["OctavoService"].full_name
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+MAX_PAGE_TOKEN_LEN = 20
 MAX_REQUEST_ID_LEN = 128
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ class OctavoService:
         self, request: v1.ListSessionsRequest, _context: grpc.ServicerContext
     ) -> v1.ListSessionsResponse:
         token = request.page_token or "0"
-        if not token.isascii() or not token.isdecimal():
+        if len(token) > MAX_PAGE_TOKEN_LEN or not (token.isascii() and token.isdecimal()):
             expected = "a next_page_token of ListSessions"
             raise mismatch(Reason.MALFORMED_MESSAGE, "page_token", expected, repr(token))
         size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
@@ -167,38 +170,41 @@ class OctavoService:
         self, request: v1.TruncateSessionRequest, context: grpc.ServicerContext
     ) -> v1.TruncateSessionResponse:
         with self._waiting_calls.open(context):
-            state = self._engine.truncate_session(
+            future = self._engine.truncate_session(
                 request.session_id, request.length, request.expected_lengths
-            ).result()
+            )
+            state = _Caller(context).wait(future)
         return v1.TruncateSessionResponse(session=codec.write_session(state))
 
     def _close_session(
         self, request: v1.CloseSessionRequest, context: grpc.ServicerContext
     ) -> v1.CloseSessionResponse:
         with self._waiting_calls.open(context):
-            num_freed = self._engine.close_session(request.session_id).result()
+            future = self._engine.close_session(request.session_id)
+            num_freed = _Caller(context).wait(future)
         return v1.CloseSessionResponse(num_freed_blocks=num_freed)
 
     def _decode_once(
         self, request: v1.DecodeOnceRequest, context: grpc.ServicerContext
     ) -> v1.DecodeOnceResponse:
         with self._waiting_calls.open(context):
-            answer = self._run_step(codec.read_step(request.step), context)
-        return v1.DecodeOnceResponse(result=codec.write_answer(request.step.step_id, answer))
+            answer = self._run_step(codec.read_step(request.step), _Caller(context))
+        response = v1.DecodeOnceResponse()
+        codec.write_answer(response.result, request.step.step_id, answer)
+        return response
 
     def _append(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        response = v1.AppendResponse()
-        with self.streams.open(context), _refusing(context):
+        stored = v1.AppendResponse()
+        with self.streams.open(context), _refusing(context, stored):
+            caller = _Caller(context)
             for data in requests:
                 message = codec.parse(v1.AppendRequest, data)
-                answer = self._run_step(codec.read_append(message), context)
+                answer = self._run_step(codec.read_append(message), caller)
                 for error in answer.entry_errors.values():
                     raise error
-                response.num_messages += 1
-            if response.num_messages:
-                state = self._engine.get_session_by_handle(message.session_handle)
-                response.session.CopyFrom(codec.write_session(state))
-        return response.SerializeToString()
+                stored.num_messages += 1
+                self._write_session(stored.session, message.session_handle)
+        return stored.SerializeToString()
 
     def _decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         stream = StepStream(self._engine, requests, context, self._limits.max_steps_in_flight)
@@ -209,12 +215,15 @@ class OctavoService:
             finally:
                 self._step_streams.discard(stream)
 
-    def _run_step(self, request: StepRequest, context: grpc.ServicerContext) -> StepAnswer:
+    def _write_session(self, session: v1.Session, handle: int) -> None:
+        state = self._engine.get_session_by_handle(handle)
+        session.CopyFrom(codec.write_session(state))
+
+    def _run_step(self, request: StepRequest, caller: _Caller) -> StepAnswer:
         """Run a step and wait for its answer; raises its error, or CancelledError when the client has gone."""
         future: Future[StepAnswer] = Future()
-        context.add_callback(lambda: _cancel(future))
         self._engine.submit(request, lambda answer: _resolve(future, answer), future.cancelled)
-        answer = future.result()
+        answer = caller.wait(future)
         if answer.error is not None:
             raise answer.error
         return answer
@@ -225,17 +234,33 @@ def _resolve(future: Future[StepAnswer], answer: StepAnswer) -> None:
         future.set_result(answer)
 
 
-def _cancel(future: Future[StepAnswer]) -> None:
-    future.cancel()
+class _Caller:
+    """The client of one call, who waits for the engine's futures one after the other; its leaving cancels them."""
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._future: Future[Any] | None = None
+        self._has_left = not context.add_callback(self._leave)
+
+    def wait(self, future: Future[Result]) -> Result:
+        """Return a future's result; raises CancelledError when the client has gone before it was begun."""
+        self._future = future
+        if self._has_left:
+            future.cancel()
+        return future.result()
+
+    def _leave(self) -> None:
+        self._has_left = True
+        if self._future is not None:
+            self._future.cancel()
 
 
 @contextmanager
-def _refusing(context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with the status of a refusal raised inside."""
+def _refusing(context: grpc.ServicerContext, *details: Message) -> Iterator[None]:
+    """End the call with the status of a refusal raised inside, and `details` beside the ErrorInfo."""
     try:
         yield
     except OctavoError as error:
-        status.abort(context, error)
+        status.abort(context, error, *details)
     except CancelledError:
         context.abort(grpc.StatusCode.CANCELLED, "the client cancelled the call")
 

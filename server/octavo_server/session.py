@@ -12,6 +12,9 @@ from octavo_server.block_pool import BlockPool
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.model import ModelSpec
 
+_APPEND_ADVICE = "go on from its length, or truncate first; only its last append can be replayed"
+_GUARD_ADVICE = "expected_lengths is out of date, ask for the session's lengths again"
+
 
 class AppendRecord(NamedTuple):
     """What a layer remembers of its last append; a step that repeats all of it is a replay."""
@@ -81,7 +84,7 @@ class Session:
         length = self._checked_length(layer)
         if record.start_pos != length:
             if record.step_key == 0 or record != self._last_appends[layer]:
-                raise errors.position_mismatch(layer, record.start_pos, length)
+                raise errors.position_mismatch(layer, record.start_pos, length, _APPEND_ADVICE)
             return Admission(kv_len=length)
         end = record.start_pos + record.num_tokens
         if end > self.max_tokens:
@@ -105,7 +108,8 @@ class Session:
             raise errors.mismatch(Reason.SHAPE_MISMATCH, "causal", expected, "false")
         end = start_pos + num_tokens if is_causal else length
         if length == 0 or end > length:
-            raise errors.position_mismatch(layer, start_pos, length)
+            advice = f"{num_tokens} tokens without k and v must lie within what is cached"
+            raise errors.position_mismatch(layer, start_pos, length, advice)
         return Admission(end)
 
     def confirm(self, layer: int) -> None:
@@ -161,7 +165,7 @@ class Session:
             )
         for layer, (length, believed) in enumerate(zip(self.lengths, expected, strict=True)):
             if length != believed:
-                raise errors.position_mismatch(layer, believed, length)
+                raise errors.position_mismatch(layer, believed, length, _GUARD_ADVICE)
 
     def _reserve(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """Make [start, end) writable, all or nothing; return the blocks to copy because another session reads them."""

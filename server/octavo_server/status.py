@@ -7,6 +7,7 @@ from typing import NoReturn
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
@@ -16,8 +17,13 @@ from octavo_server.errors import REASONS, RETRY_DELAY_MS, OctavoError
 ERROR_DOMAIN = "octavo"
 
 
-def to_status(error: OctavoError) -> Status:
-    """Return the status that carries a refusal, in a call's trailer or inside a result."""
+def to_status(error: OctavoError, *details: Message) -> Status:
+    """Return the status that carries a refusal, in a call's trailer or inside a result.
+
+    Args:
+        error: The refusal.
+        details: Messages to go along, beside the ErrorInfo.
+    """
     spec = REASONS[error.reason]
     code = getattr(grpc.StatusCode, spec.code)
     info = ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata)
@@ -25,16 +31,17 @@ def to_status(error: OctavoError) -> Status:
     if spec.is_retryable:
         delay = Duration(nanos=RETRY_DELAY_MS * 1_000_000)
         status.details.append(_pack(RetryInfo(retry_delay=delay)))
+    status.details.extend(map(_pack, details))
     return status
 
 
-def abort(context: grpc.ServicerContext, error: OctavoError) -> NoReturn:
+def abort(context: grpc.ServicerContext, error: OctavoError, *details: Message) -> NoReturn:
     """End a call with a refusal."""
-    context.abort_with_status(rpc_status.to_status(to_status(error)))
+    context.abort_with_status(rpc_status.to_status(to_status(error, *details)))
     raise AssertionError("abort_with_status raises")
 
 
-def _pack(detail: ErrorInfo | RetryInfo) -> Any:
+def _pack(detail: Message) -> Any:
     packed = Any()
     packed.Pack(detail)
     return packed

@@ -72,14 +72,21 @@ class StepAnswer:
     error: OctavoError | None = None
 
 
+MAX_ENTRIES = 4096
+"""Entries of one step; a larger batch goes in several steps, which share launches all the same."""
+
+
 def check_entries(request: StepRequest) -> None:
-    """Check the entry arrays against each other.
+    """Check the entry arrays against each other and against the rows of the tensors.
 
     Raises:
         OctavoError: EMPTY_STEP, SHAPE_MISMATCH or DUPLICATE_ENTRY.
     """
     if request.num_entries == 0:
         raise mismatch(Reason.EMPTY_STEP, "session_handles", "at least one entry", "none")
+    if request.num_entries > MAX_ENTRIES:
+        expected = f"at most {MAX_ENTRIES} entries"
+        raise mismatch(Reason.SHAPE_MISMATCH, "session_handles", expected, request.num_entries)
     for name in ("layers", "start_pos", "num_tokens"):
         length = len(getattr(request, name))
         if length != request.num_entries:
@@ -87,6 +94,11 @@ def check_entries(request: StepRequest) -> None:
             raise mismatch(Reason.SHAPE_MISMATCH, name, expected, f"{length} values")
     if 0 in request.num_tokens:
         raise mismatch(Reason.SHAPE_MISMATCH, "num_tokens", "at least 1 in every entry", 0)
+    total_tokens = sum(request.num_tokens)
+    for name, tensor in request.tensors.items():
+        if len(tensor) != total_tokens:
+            expected = f"of {total_tokens} tokens, as num_tokens says"
+            raise mismatch(Reason.SHAPE_MISMATCH, name, expected, f"{len(tensor)} tokens")
     _check_distinct(request)
 
 

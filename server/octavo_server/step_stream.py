@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Iterator
 from queue import SimpleQueue
 
@@ -11,8 +13,10 @@ import grpc
 from octavo import v1
 from octavo_server import codec, errors, status
 from octavo_server.engine import Engine
-from octavo_server.errors import OctavoError
+from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.step import StepAnswer
+
+log = logging.getLogger(__name__)
 
 
 class StepStream:
@@ -39,7 +43,7 @@ class StepStream:
         self._requests = requests
         self._context = context
         self._slots = threading.Semaphore(max_steps_in_flight)
-        self._results: SimpleQueue[v1.StepResult | None] = SimpleQueue()
+        self._responses: SimpleQueue[v1.DecodeResponse | None] = SimpleQueue()
         self._num_read = 0
         self._has_read_all = False
         self._is_cancelled = self._is_drained = False
@@ -52,47 +56,59 @@ class StepStream:
         reader.start()
         num_sent = 0
         while not (self._has_read_all and num_sent == self._num_read):
-            result = self._results.get()
+            response = self._responses.get()
             if self._is_cancelled:
                 return
-            if result is not None:
+            if response is not None:
                 num_sent += 1
                 self._slots.release()
-                yield v1.DecodeResponse(result=result).SerializeToString()
+                yield response.SerializeToString()
             elif self._is_drained:
                 status.abort(self._context, errors.draining())
 
     def end_drained(self) -> None:
         """End the stream with DRAINING, once every step accepted has been answered."""
         self._is_drained = True
-        self._results.put(None)
+        self._responses.put(None)
 
     def _cancel(self) -> None:
         self._is_cancelled = True
-        self._results.put(None)
+        self._responses.put(None)
         self._slots.release()
 
     def _read(self) -> None:
         try:
             for data in self._requests:
+                arrived_at = time.monotonic()
                 self._slots.acquire()
                 self._num_read += 1
-                self._submit(data)
+                self._submit(data, arrived_at)
         except grpc.RpcError:
             return  # The client is gone; `_cancel` has been told.
         finally:
             self._has_read_all = True
-            self._results.put(None)
+            self._responses.put(None)
 
-    def _submit(self, data: bytes) -> None:
+    def _submit(self, data: bytes, arrived_at: float) -> None:
         step_id = 0
         try:
             step = codec.parse(v1.DecodeRequest, data).step
             step_id = step.step_id
             self._engine.submit(
                 codec.read_step(step),
-                lambda answer: self._results.put(codec.write_answer(step_id, answer)),
+                lambda answer: self._respond(step_id, answer),
                 lambda: self._is_cancelled,
+                arrived_at,
             )
         except OctavoError as error:
-            self._results.put(codec.write_answer(step_id, StepAnswer(error=error)))
+            self._respond(step_id, StepAnswer(error=error))
+        except Exception:
+            # A defect of ours; the stream must not fall silent for it.
+            log.exception("a step of %d bytes could not be taken", len(data))
+            defect = mismatch(Reason.MALFORMED_MESSAGE, "step", "one that can be taken", "another")
+            self._respond(step_id, StepAnswer(error=defect))
+
+    def _respond(self, step_id: int, answer: StepAnswer) -> None:
+        response = v1.DecodeResponse()
+        codec.write_answer(response.result, step_id, answer)
+        self._responses.put(response)

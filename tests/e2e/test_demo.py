@@ -8,15 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from octavo_client import BatchResult, Client
 from octavo_client.demo.cli import main
 from octavo_client.demo.local_server import ServerStartError, local_server, model_flag
-from octavo_client.demo.model import TinyLlama
-from octavo_client.demo.orchestrator import MODEL_NAME
+from octavo_client.demo.model import FloatArray, TinyLlama
+from octavo_client.demo.orchestrator import MODEL_NAME, RemoteAttention
 
 COMMAND = [sys.executable, "-m", "octavo_client.demo"]
 NUMBER = r"([\d.,]+)"
@@ -39,7 +42,11 @@ Capture = pytest.CaptureFixture[str]
 
 
 def serve(options: str = "", name: str = MODEL_NAME) -> Iterator[str]:
-    flag = model_flag(name, TinyLlama.load().config, num_seqs=4) + options
+    keys = dict(
+        key.split("=") for key in model_flag(name, TinyLlama.load().config, num_seqs=4).split(",")
+    )
+    keys |= dict(key.split("=") for key in options.split(",") if key)
+    flag = ",".join(f"{key}={value}" for key, value in keys.items())
     with local_server(["--model", flag], lambda _news: None) as address:
         yield address
 
@@ -97,9 +104,31 @@ def test_same_seed_gives_the_same_text(address: str, capsys: Capture) -> None:
     assert text(1) != text(2)
 
 
-def test_bad_quality_fails(capsys: Capture) -> None:
-    for address in serve(options=",soft_cap=0.5"):
-        assert main([f"--target={address}", "--tokens=2", "--quality-tokens=200"]) == 1
+def test_steps_are_timed(address: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Client.decode_batch
+
+    def slow(*args: Any, **kwargs: Any) -> BatchResult:
+        time.sleep(0.03)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(Client, "decode_batch", slow)
+    assert main([f"--target={address}", "--tokens=4", "--quality-tokens=4"]) == 0
+    values = values_of(capsys.readouterr().out)
+    assert 30 <= values["layer step p50"] <= values["layer step p99"]
+    # 4 sessions, one token of each per 4 layers of 30 ms.
+    assert values["tokens/s"] <= 4 / (4 * 0.03)
+
+
+def test_bad_quality_fails(address: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = RemoteAttention.__call__
+
+    def attend_to_the_wrong_heads(
+        attention: RemoteAttention, layer: int, q: FloatArray, k: FloatArray, v: FloatArray
+    ) -> FloatArray:
+        return attend(attention, layer, q, k[:, ::-1], v)
+
+    monkeypatch.setattr(RemoteAttention, "__call__", attend_to_the_wrong_heads)
+    assert main([f"--target={address}", "--tokens=2", "--quality-tokens=200"]) == 1
     output = capsys.readouterr()
     values = values_of(output.out)
     assert values["perplexity, Octavo"] > 1.005 * values["perplexity, exact"]
@@ -122,6 +151,24 @@ def test_another_shape_is_refused(capsys: Capture) -> None:
     assert "must have num_layers 4, got 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (",window=512", "must have window 0 in every layer, got 512; run: "),
+        (",sm_scale=0.12", "must have sm_scale 0.125 in every layer, got 0.12; run: "),
+        (",soft_cap=0.5", "must have soft_cap 0 in every layer, got 0.5; run: "),
+        (",max_context=512", "must have max_context 1024 or more, got 512; run: "),
+        (",num_blocks=100", "must have 128 free blocks or more, got 100; run: "),
+    ],
+)
+def test_other_options_are_refused(options: str, text: str, capsys: Capture) -> None:
+    for address in serve(options):
+        assert main([f"--target={address}"]) == 1
+    output = capsys.readouterr()
+    assert f"octavo-demo: {MODEL_NAME} at {address} {text}octavo-server serve" in output.err
+    assert output.out == ""
+
+
 def test_nobody_at_the_target(capsys: Capture) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening: refused, and nobody else gets it
@@ -141,6 +188,8 @@ def test_nobody_at_the_target(capsys: Capture) -> None:
         (["--quality-tokens=4097"], "--quality-tokens must be from 0 to 4096, got 4097"),
         (["--prompt="], "a prompt must have from 1 to 784 bytes"),
         (["--prompt=" + "a" * 785], "got 785 bytes"),
+        (["--prompt=\udcff"], r"a prompt must be UTF-8, got '\udcff'"),
+        (["--target=\udcff"], r"--target must be UTF-8, got '\udcff'"),
         (["--target=localhost:1", "--backend=cpu"], "leave out one of --target and --backend"),
     ],
 )

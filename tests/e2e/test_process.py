@@ -77,7 +77,17 @@ def test_a_signal_finishes_what_is_in_flight(signal_number: signal.Signals) -> N
         logs = process.stderr.read()
     assert f"{signal_number.name}: finishing what is in flight" in logs
     assert "model tiny: 256 blocks of 32 tokens hold 8,192 tokens in 2,162,688 bytes" in logs
-    assert "FP16 would take 4,194,304 bytes" in logs
+    assert "where FP16 would hold 4,224 tokens" in logs
+
+
+def test_an_address_in_brackets_is_listened_on() -> None:
+    command = [sys.executable, "-m", "octavo_server", "serve", "--port", "0", "--model", MODEL]
+    flags = ["--backend", "reference", "--host", "[::1]"]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+    assert line.startswith("listening on [::1]:")
 
 
 def test_an_address_in_use_is_one_sentence() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from octavo_client.oracle import MAX_CHECKED_SCORE
 from octavo_server.backends.base import Backend
-from tests.kernels.draws import BFLOAT16, DRAWS, DTYPES, FLOAT16, FLOAT32
+from tests.kernels.draws import BFLOAT16, DRAWS, DTYPES, FLOAT16, FLOAT32, Inputs
 from tests.kernels.rig import Entry, Rig, make_spec
 
 HEAD_DIMS = (8, 64, 72, 80, 96, 128, 192, 256)
@@ -247,12 +247,98 @@ def test_lse_merges_partial_contexts(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)
-def test_large_values_keep_their_range(backend: Backend, dtype: np.dtype[Any]) -> None:
-    """V at the end of FP16's range; sums in FP16 would overflow."""
-    rig = Rig(backend, make_spec(), num_blocks=8)
+@pytest.mark.parametrize("head_dim", [64, 72])
+@pytest.mark.parametrize("largest", [60000, 65472, 65504])
+def test_large_values_keep_their_range(
+    backend: Backend, largest: int, head_dim: int, dtype: np.dtype[Any]
+) -> None:
+    """V at the end of FP16's range: sums in FP16 would overflow, and dequantised V itself does."""
+    rig = Rig(backend, make_spec(head_dim=head_dim), num_blocks=8)
     entries = [Entry(rig.open(60), 0, 60)]
     inputs = rig.draw(entries, dtype=dtype)
-    rig.step(entries, inputs._replace(v=(np.sign(inputs.v) * 60000).astype(dtype)))
+    rig.step(entries, inputs._replace(v=(np.sign(inputs.v) * largest).astype(dtype)))
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 72])
+@pytest.mark.parametrize("largest", [65520, 1e6, 8e6])
+def test_float16_answers_saturate(backend: Backend, largest: float, head_dim: int) -> None:
+    """V beyond FP16's range, stored in FP32 and asked for in FP16."""
+    rig = Rig(backend, make_spec(head_dim=head_dim), num_blocks=8)
+    entries = [Entry(rig.open(60), 0, 60, start_pos=0)]
+    inputs = rig.draw([Entry(0, 0, 60)])
+    signs = np.where(np.arange(head_dim) % 3, 1, -1)
+    v = np.broadcast_to(np.float32(largest) * signs, inputs.v.shape).astype(FLOAT32)
+    rig.append(entries, inputs._replace(v=v))
+    output = rig.attend(rig.batch(entries, appends=False), inputs.q.astype(FLOAT16))
+    np.testing.assert_array_equal(output.out, np.broadcast_to(65504 * signs, output.out.shape))
+    assert rig.query(entries, inputs.q).out.max() > 65504  # FP32 keeps it
+
+
+@pytest.mark.parametrize("gap", [50, 70, 80])
+@pytest.mark.parametrize("peak_idx", [0, 70, 199])
+def test_small_weights_count_where_large_ones_meet_zeros(
+    backend: Backend, peak_idx: int, gap: int
+) -> None:
+    """The largest score has V = 0: the answer is made of weights of exp(-gap)."""
+    spec = make_spec(1, 1, 64, num_layers=1, sm_scale=(1 / 64,), deterministic=True)
+    rig = Rig(backend, spec, num_blocks=16)
+    is_peak = (np.arange(200) == peak_idx)[:, None, None]
+    ones = np.ones((200, 1, 64), dtype=FLOAT32)
+    entry = Entry(rig.open(200), 0, 200)
+    rig.append([entry], Inputs(ones, np.where(is_peak, 1, -ones), np.where(is_peak, 0, ones)))
+    query = Entry(entry.session, 0, 1, start_pos=199)
+    output = rig.query([query], np.full((1, 1, 64), gap / 2, dtype=FLOAT32))
+    assert (output.out > 199 * np.exp(-gap - 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "magnitude"),
+    [*product(DTYPES, [6e4]), *product([FLOAT32, BFLOAT16], [2.0**124, 2.0**127])],
+    ids=str,
+)
+def test_huge_queries_get_finite_answers(
+    backend: Backend, dtype: np.dtype[Any], magnitude: float
+) -> None:
+    """Signs alternate: against constant K the scores are 0, whatever q's products with codes are."""
+    rig = Rig(backend, make_spec(soft_cap=(0.0, 20.0)), num_blocks=16)
+    entries = [Entry(rig.open(60), layer, 60) for layer in (0, 1)]
+    inputs = rig.draw(entries, dtype=dtype)
+    inputs.q[..., ::2], inputs.q[..., 1::2] = magnitude, -magnitude
+    for first in (0, 60):
+        inputs.k[first : first + 30] = 1
+    output = rig.step(entries, inputs)
+    assert output.lse is not None
+    assert np.isfinite(output.lse).all()
+    exact = [rig.exact(entry, inputs.q[:60], 0) for entry in entries]
+    assert (exact[0].peak_score[:30] == 0).all()
+    if magnitude < 1e38:  # the others' scores fit FP32 and differ by far: the largest takes all
+        expected = np.concatenate([answer.out for answer in exact])[:60]
+        np.testing.assert_allclose(output.out[:60].astype(float), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**124, 1e38, 3e38])
+def test_equal_huge_scores_share_the_weight(backend: Backend, magnitude: float) -> None:
+    rig = Rig(backend, make_spec(), num_blocks=8)
+    entries = [Entry(rig.open(60), 0, 60)]
+    inputs = rig.draw(entries)
+    inputs.q[:], inputs.k[:] = magnitude, 1
+    output = rig.step(entries, inputs)
+    exact = rig.exact(entries[0], inputs.q, 0)
+    np.testing.assert_allclose(output.out, exact.out, rtol=1e-3, atol=1e-5)
+
+
+def test_huge_queries_keep_the_order_of_their_scores(backend: Backend) -> None:
+    """A score that FP32 cannot hold is above every one that it can, and below none."""
+    rig = Rig(backend, make_spec(1, 1, 8, num_layers=1), num_blocks=4)
+    heights = np.array([-1000, -1e-2, -1e-3, 0, 1e-3, 0.01, 1000, 0], dtype=FLOAT32)
+    k = np.tile(heights[:, None, None], (1, 1, 8))
+    v = np.tile(np.arange(8, dtype=FLOAT32)[:, None, None], (1, 1, 8))
+    entry = Entry(rig.open(8), 0, 8)
+    rig.append([entry], Inputs(k, k, v))
+    q = np.full((2, 1, 8), 3e38, dtype=FLOAT32) * np.array([1, -1])[:, None, None]
+    query = Entry(entry.session, 0, 2, start_pos=0, causal=False)
+    output = rig.query([query], q.astype(FLOAT32))
+    np.testing.assert_allclose(output.out[:, 0, 0], [6, 0], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)

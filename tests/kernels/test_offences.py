@@ -88,9 +88,14 @@ def test_overflow_is_named_and_neighbours_are_unharmed(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_finite_queries_do_not_offend(backend: Backend, dtype: np.dtype[np.generic]) -> None:
+@pytest.mark.parametrize("large", [60000, 3e37, 3e38])
+def test_large_finite_queries_do_not_offend(
+    backend: Backend, large: float, dtype: np.dtype[np.generic]
+) -> None:
     scene = Scene(backend, 64, dtype)
-    scene.inputs.q[scene.row(0)] = 60000
+    large = min(large, 65504) if dtype == FLOAT16 else large
+    scene.inputs.q[scene.row(0), :, ::2] = large
+    scene.inputs.q[scene.row(0), :, 1::2] = -large
     assert scene.run() == [None, None, None]
 
 

@@ -35,28 +35,92 @@ def test_unknown_backends_are_refused_with_the_known_ones(name: str) -> None:
 
 
 @pytest.fixture
-def meminfo(tmp_path: Path) -> Path:
-    path = tmp_path / "meminfo"
-    path.write_text("MemTotal:       2000 kB\nMemFree:         10 kB\nMemAvailable:   1000 kB\n")
+def proc(tmp_path: Path) -> Path:
+    """Return a proc(5) with 1000 KiB available and no groups."""
+    path = tmp_path / "proc"
+    (path / "self").mkdir(parents=True)
+    meminfo = "MemTotal:       2000 kB\nMemFree:         10 kB\nMemAvailable:   1000 kB\n"
+    (path / "meminfo").write_text(meminfo)
     return path
 
 
-def write_cgroup(path: Path, limit: str) -> None:
-    """Write a cgroup that uses 300 KiB, 100 KiB of them clean page cache."""
+@pytest.fixture
+def cgroups(tmp_path: Path) -> Path:
+    """Return where groups are."""
+    path = tmp_path / "cgroup"
+    path.mkdir()
+    return path
+
+
+def write_group(path: Path, limit: str) -> None:
+    """Write a group that uses 300 KiB, 100 KiB of them clean page cache."""
+    path.mkdir(parents=True, exist_ok=True)
     (path / "memory.max").write_text(limit + "\n")
     (path / "memory.current").write_text(f"{300 * 1024}\n")
     (path / "memory.stat").write_text(f"anon {200 * 1024}\ninactive_file {100 * 1024}\n")
+
+
+def write_group_of_version_1(path: Path, limit: int) -> None:
+    """Write a group that uses 300 KiB, 100 KiB of them clean page cache, 20 of these its own."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (path / "memory.usage_in_bytes").write_text(f"{300 * 1024}\n")
+    stat = f"inactive_file {20 * 1024}\ntotal_inactive_file {100 * 1024}\n"
+    (path / "memory.stat").write_text(stat)
+
+
+def write_membership(proc: Path, *lines: str) -> None:
+    """Write the groups that this process is in."""
+    (proc / "self" / "cgroup").write_text("".join(line + "\n" for line in lines))
 
 
 @pytest.mark.parametrize(
     ("limit", "free_kib"),
     [("max", 1000), (str(5000 * 1024), 1000), (str(700 * 1024), 500), (str(100 * 1024), 0)],
 )
-def test_free_host_bytes(tmp_path: Path, meminfo: Path, limit: str, free_kib: int) -> None:
-    write_cgroup(tmp_path, limit)
-    assert free_host_bytes(meminfo, tmp_path) == free_kib * 1024
+@pytest.mark.parametrize("group", ["", "system.slice/octavo.service"])
+def test_free_host_bytes(proc: Path, cgroups: Path, group: str, limit: str, free_kib: int) -> None:
+    write_membership(proc, f"0::/{group}")
+    write_group(cgroups / group, limit)
+    assert free_host_bytes(proc, cgroups) == free_kib * 1024
 
 
-def test_free_host_bytes_without_a_cgroup(tmp_path: Path, meminfo: Path) -> None:
-    assert free_host_bytes(meminfo, tmp_path / "absent") == 1000 * 1024
+@pytest.mark.parametrize(
+    ("own", "parent", "free_kib"), [("max", 700, 500), (600, 700, 400), (900, 700, 500)]
+)
+def test_free_host_bytes_below_a_limited_group(
+    proc: Path, cgroups: Path, own: str | int, parent: int, free_kib: int
+) -> None:
+    write_membership(proc, "0::/kubepods/pod/container")
+    write_group(cgroups / "kubepods", "max")
+    write_group(cgroups / "kubepods" / "pod", str(parent * 1024))
+    own_limit = own if isinstance(own, str) else str(own * 1024)
+    write_group(cgroups / "kubepods" / "pod" / "container", own_limit)
+    assert free_host_bytes(proc, cgroups) == free_kib * 1024
+
+
+@pytest.mark.parametrize("path", ["/docker/0123", "/../other", "/"])
+def test_free_host_bytes_where_only_the_own_group_is_visible(
+    proc: Path, cgroups: Path, path: str
+) -> None:
+    write_membership(proc, f"0::{path}")
+    write_group(cgroups, str(700 * 1024))
+    assert free_host_bytes(proc, cgroups) == 500 * 1024
+
+
+@pytest.mark.parametrize(("limit_kib", "free_kib"), [(700, 500), (2**53 - 4, 1000)])
+@pytest.mark.parametrize("visible", ["docker/0123", ""])
+def test_free_host_bytes_in_version_1(
+    proc: Path, cgroups: Path, visible: str, limit_kib: int, free_kib: int
+) -> None:
+    lines = ("9:name=systemd:/", "5:cpu,memory:/docker/0123", "3:cpuset:/", "0::/")
+    write_membership(proc, *lines)
+    write_group_of_version_1(cgroups / "memory" / visible, limit_kib * 1024)
+    assert free_host_bytes(proc, cgroups) == free_kib * 1024
+
+
+def test_free_host_bytes_without_groups(proc: Path, tmp_path: Path) -> None:
+    assert free_host_bytes(proc, tmp_path / "absent") == 1000 * 1024
+    write_membership(proc, "0::/")
+    assert free_host_bytes(proc, tmp_path / "absent") == 1000 * 1024
     assert free_host_bytes() > 0

@@ -146,7 +146,7 @@ def test_truncate_and_its_guard(client: oc.Client) -> None:
         session.decode(0, *draw_step())
         assert session.lengths == (6, 10)
         session.close()
-        other._mirror.is_closed = True
+        other._mirror.is_gone = True
 
 
 def test_a_session_closed_by_another(client: oc.Client) -> None:
@@ -301,13 +301,33 @@ def test_a_second_client_at_the_same_position_is_refused(wire: Wire, client: oc.
 
 def test_a_server_that_stops_and_one_that_takes_its_place() -> None:
     with serving() as wire:
-        client = oc.Client(wire.address, retry=oc.Retry(max_attempts=2, initial_backoff_s=0.02))
+        client = oc.Client(wire.address, retry=QUICK)
         session = client.open_session(MODEL)
         session.decode(0, *draw_step())
+        port = int(wire.address.rsplit(":", 1)[1])
         wire.server.stop()
         with pytest.raises((oc.ConnectionLost, oc.Draining)):
             session.decode(0, *draw_step())
-        client.close()
+    with serving(port=port), client:
+        with pytest.raises(oc.SessionNotFound):
+            session.decode(0, *draw_step())
+        with client.open_session(MODEL) as session:
+            checked, tensors = Checked(session), draw_step()
+            checked.check(0, tensors, session.decode(0, *tensors))
+
+
+def test_a_link_that_goes_silent_is_left_before_the_step_is_given_up(
+    wire: Wire, proxy: CuttingProxy
+) -> None:
+    with oc.Client(proxy.target) as client, client.open_session(MODEL) as session:
+        checked = Checked(session)
+        for num_connections in (1, 2):
+            tensors = draw_step()
+            checked.check(0, tensors, session.decode(0, *tensors))
+            assert proxy.num_connections == num_connections
+            if num_connections == 1:
+                proxy.drop_answers()
+        assert client_lengths(client, session) == (2, 0)
 
 
 def test_the_example_in_the_docstring_works(wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:

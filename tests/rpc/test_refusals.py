@@ -96,8 +96,28 @@ WHOLE_STEP: dict[str, tuple[Reason, str, dict[str, Any]]] = {
     ),
     "a tensor without a shape": (
         Reason.BAD_TENSOR,
-        "q.data",
+        "q.shape",
         {"q": v1.Tensor(data=b"abcd", dtype=v1.DATA_TYPE_FLOAT32)},
+    ),
+    "a tensor of 65 axes": (
+        Reason.BAD_TENSOR,
+        "q.shape",
+        {"q": v1.Tensor(data=b"abcd", dtype=v1.DATA_TYPE_FLOAT32, shape=[1] * 65)},
+    ),
+    "a tensor of 100,000 huge axes": (
+        Reason.BAD_TENSOR,
+        "q.shape",
+        {"q": v1.Tensor(dtype=v1.DATA_TYPE_FLOAT32, shape=[2**32 - 1] * 20_000)},
+    ),
+    "a tensor with an axis of nothing": (
+        Reason.BAD_TENSOR,
+        "q.shape",
+        {"q": v1.Tensor(dtype=v1.DATA_TYPE_FLOAT32, shape=[0, 2**32 - 1, 2**32 - 1])},
+    ),
+    "a tensor larger than memory": (
+        Reason.BAD_TENSOR,
+        "q.data",
+        {"q": v1.Tensor(dtype=v1.DATA_TYPE_FLOAT32, shape=[2**32 - 1] * 3)},
     ),
     "no entries": (
         Reason.EMPTY_STEP,
@@ -288,17 +308,22 @@ def test_a_pool_exhausted_in_mid_batch_refuses_the_entry_that_does_not_fit(wire:
 
 
 def test_full_attention_on_a_layer_with_a_window_is_refused(wire: Wire) -> None:
-    caching = wire.open(WINDOWED_MODEL)
-    wire.run(wire.step((caching, 0, 3)))
-    step = wire.step((caching, 0, 1), k=None, v=None, causal=False)
-    (entry_error,) = wire.run(step).entry_errors
-    confirm(refusal_of(entry_error.error), Reason.SHAPE_MISMATCH)
+    with unharmed(wire):
+        caching = wire.open(WINDOWED_MODEL)
+        wire.run(wire.step((caching, 0, 3)))
+        step = wire.step((caching, 0, 1), k=None, v=None, causal=False)
+        (entry_error,) = wire.run(step).entry_errors
+        confirm(refusal_of(entry_error.error), Reason.SHAPE_MISMATCH)
 
 
 def test_attending_to_an_empty_cache_is_refused(wire: Wire) -> None:
-    for causal in (True, False):
-        step = wire.step((wire.open(), 0, 1), k=None, v=None, causal=causal)
-        (entry_error,) = wire.run(step).entry_errors
+    with unharmed(wire) as (_, neighbour):
+        for causal in (True, False):
+            step = wire.step((wire.open(), 0, 1), k=None, v=None, causal=causal)
+            (entry_error,) = wire.run(step).entry_errors
+            confirm(refusal_of(entry_error.error), Reason.POSITION_MISMATCH)
+        past = wire.step((neighbour, 0, 2), k=None, v=None, start_pos=[4])
+        (entry_error,) = wire.run(past).entry_errors
         confirm(refusal_of(entry_error.error), Reason.POSITION_MISMATCH)
 
 
@@ -318,7 +343,15 @@ def test_a_step_that_expires_in_the_queue_is_not_applied(wire: Wire) -> None:
 @pytest.mark.parametrize("garbage", [b"\xff" * 40, b"\x0a\x05ab", bytes(range(256))])
 def test_bytes_that_are_no_message_are_refused_on_every_call(wire: Wire, garbage: bytes) -> None:
     with unharmed(wire):
-        for name in ("ServerInfo", "OpenSession", "CloseSession", "DecodeOnce"):
+        for name in (
+            "ServerInfo",
+            "OpenSession",
+            "GetSession",
+            "ListSessions",
+            "TruncateSession",
+            "CloseSession",
+            "DecodeOnce",
+        ):
             call = wire.raw("unary_unary", name)
             with pytest.raises(grpc.RpcError) as refused:
                 call(garbage, timeout=CALL_TIMEOUT_S)
@@ -391,9 +424,50 @@ def test_a_request_id_too_long_or_of_another_model_is_refused(wire: Wire) -> Non
 
 
 def test_a_page_token_that_is_none_is_refused(wire: Wire) -> None:
+    for token in ("x", "-1", "1" * 5000):
+        with pytest.raises(grpc.RpcError) as refused:
+            wire.stub.ListSessions(v1.ListSessionsRequest(page_token=token), timeout=CALL_TIMEOUT_S)
+        confirm(refusal_of_call(refused.value), Reason.MALFORMED_MESSAGE)
+
+
+def test_a_long_name_is_refused_with_its_beginning(wire: Wire) -> None:
+    long = "x" * 20_000
     with pytest.raises(grpc.RpcError) as refused:
-        wire.stub.ListSessions(v1.ListSessionsRequest(page_token="x"), timeout=CALL_TIMEOUT_S)
-    confirm(refusal_of_call(refused.value), Reason.MALFORMED_MESSAGE)
+        wire.open(long)
+    refusal = refusal_of_call(refused.value)
+    confirm(refusal, Reason.MODEL_NOT_FOUND)
+    assert refusal.metadata["model"] == "x" * 199 + "…"
+    with pytest.raises(grpc.RpcError) as refused:
+        wire.stub.GetSession(v1.GetSessionRequest(session_id=long), timeout=CALL_TIMEOUT_S)
+    confirm(refusal_of_call(refused.value), Reason.SESSION_NOT_FOUND)
+
+
+def test_too_many_entries_are_refused(wire: Wire) -> None:
+    with unharmed(wire):
+        count = 4097
+        step = v1.Step(
+            step_id=1,
+            session_handles=range(1, count + 1),
+            layers=[0] * count,
+            start_pos=[0] * count,
+            num_tokens=[1] * count,
+            q=tensor(np.ones((count, 1, 1), np.float32)),
+        )
+        refusal = refusal_of(wire.run(step).error)
+        confirm(refusal, Reason.SHAPE_MISMATCH)
+        assert refusal.metadata["actual"] == "4097"
+
+
+def test_rows_are_counted_also_where_no_session_is_known(wire: Wire) -> None:
+    step = v1.Step(
+        step_id=1,
+        session_handles=[123],
+        layers=[0],
+        start_pos=[0],
+        num_tokens=[2**32 - 1],
+        q=rows(1, NUM_Q_HEADS),
+    )
+    confirm(refusal_of(wire.run(step).error), Reason.SHAPE_MISMATCH)
 
 
 def test_one_stream_too_many_is_refused(wire: Wire) -> None:

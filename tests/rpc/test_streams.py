@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import hypothesis.strategies as st
@@ -13,13 +13,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
 from hypothesis import given, settings
 from numpy.typing import NDArray
 
 from octavo import v1
 from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
 from octavo_client.oracle import AttentionOptions, OracleCache, check
+from octavo_server import server as server_module
 from tests.rpc.conftest import NUM_BLOCKS, serving
+from tests.rpc.cutting_proxy import cutting_proxy
 from tests.rpc.wire import (
     CALL_TIMEOUT_S,
     HEAD_DIM,
@@ -29,6 +32,7 @@ from tests.rpc.wire import (
     NUM_Q_HEADS,
     SM_SCALE,
     Caching,
+    Stream,
     Wire,
     array,
     refusal_of,
@@ -220,11 +224,22 @@ def test_append_stops_at_the_first_refused_message_and_resumes(wire: Wire) -> No
         wire.stub.Append(iter(messages), timeout=CALL_TIMEOUT_S)
     refusal = refusal_of_call(refused.value)
     assert (refusal.reason, refusal.metadata["token"]) == ("NON_FINITE", "2")
+    stored = stored_in(refused.value)
+    assert stored.num_messages == 2
+    assert list(stored.session.lengths) == [20, 0]
     assert wire.lengths(caching) == [20, 0]
     again = [messages[1], append_message(caching, 0, 20, k[20:], 21)]
     assert wire.stub.Append(iter(again), timeout=CALL_TIMEOUT_S).num_messages == 2
     caching.layers[0].append(k, -k)
     wire.append(caching, 0, 1)
+
+
+def stored_in(error: grpc.RpcError) -> v1.AppendResponse:
+    """Return what an Append call's error says is stored."""
+    status = rpc_status.from_call(cast(grpc.Call, error))
+    assert status is not None
+    (detail,) = [d for d in status.details if d.Is(v1.AppendResponse.DESCRIPTOR)]
+    return v1.AppendResponse.FromString(detail.value)
 
 
 def test_append_without_messages_stores_nothing(wire: Wire) -> None:
@@ -251,6 +266,91 @@ def test_health_and_short_calls_are_answered_while_every_stream_is_busy(wire: Wi
         for stream in (second, third, fourth):
             assert stream.receive().step_id == read.step_id
         assert [call.code() for call in waiting] == [grpc.StatusCode.OK] * 2
+
+
+def test_full_attention_ignores_the_position(wire: Wire) -> None:
+    caching = wire.open()
+    wire.append(caching, 0, 5)
+    for start_pos in (0, 5, 2**31 - 1, 2**31, 2**32 - 1):
+        step = wire.step((caching, 0, 2), k=None, v=None, causal=False, start_pos=[start_pos])
+        result = wire.run(step)
+        q = array(step.q)
+        check(array(result.out), caching.layers[0].attend(q, start_pos=0, causal=False))
+
+
+def test_a_step_expires_also_while_its_stream_is_full(wire: Wire) -> None:
+    caching = wire.open()
+    wire.append(caching, 0, 1)
+    with wire.busy(), wire.stream() as stream:
+        for _ in range(4):
+            stream.send(wire.step((caching, 0, 1), k=None, v=None, start_pos=[0]))
+        late = wire.step((caching, 1, 1), timeout_ms=50)
+        stream.send(late)
+        time.sleep(0.3)
+        wire.backend.open()
+        results = {result.step_id: result for result in (stream.receive() for _ in range(5))}
+        assert refusal_of(results[late.step_id].error).reason == "STEP_EXPIRED"
+    assert wire.lengths(caching) == [1, 0]
+
+
+def test_a_truncate_or_close_whose_caller_left_is_not_applied(wire: Wire) -> None:
+    caching = wire.open()
+    wire.append(caching, 0, 5)
+    truncate = v1.TruncateSessionRequest(session_id=caching.session_id, length=1)
+    close = v1.CloseSessionRequest(session_id=caching.session_id)
+    with wire.busy():
+        for _ in range(3):
+            for call, request in (
+                (wire.stub.TruncateSession, truncate),
+                (wire.stub.CloseSession, close),
+            ):
+                with pytest.raises(grpc.RpcError) as refused:
+                    call(request, timeout=0.1)
+                assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            time.sleep(0.05)
+    wire.append(caching, 0, 1)
+    assert wire.lengths(caching) == [6, 0]
+
+
+def test_health_is_answered_while_calls_that_send_nothing_hold_every_thread() -> None:
+    with serving(max_streams=1, max_unary_calls=1) as wire:
+        silent = threading.Event()
+
+        def nothing() -> Iterator[bytes]:
+            silent.wait(CALL_TIMEOUT_S)
+            yield from ()
+
+        calls = [wire.raw("stream_unary", "GetSession").future(nothing()) for _ in range(20)]
+        time.sleep(0.3)
+        assert wire.health("ready") == "SERVING"
+        silent.set()
+        for call in calls:
+            call.cancel()
+
+
+def test_a_client_that_falls_silent_gives_its_streams_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_module, "KEEPALIVE_MS", 1000)
+    monkeypatch.setattr(server_module, "KEEPALIVE_TIMEOUT_MS", 1000)
+    with serving(max_streams=1) as wire, cutting_proxy(wire.address) as proxy:
+        channel = grpc.insecure_channel(proxy.target)
+        stub = OctavoServiceStub(channel)  # type: ignore[no-untyped-call]
+        frozen = Stream(stub)
+        frozen.send(wire.step((wire.open(), 0, 1)))
+        frozen.receive()
+        proxy.drop_answers()
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while not takes_a_stream(wire):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        channel.close()
+
+
+def takes_a_stream(wire: Wire) -> bool:
+    """Open a stream and end it; False when the server has no place for it."""
+    call = wire.stub.Decode(iter([]), timeout=CALL_TIMEOUT_S)
+    return call.code() is grpc.StatusCode.OK
 
 
 def test_reflection_names_the_services(wire: Wire) -> None:

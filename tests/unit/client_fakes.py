@@ -75,6 +75,7 @@ class FakeServer:
         after: By rpc, run once a unary call or an Append has taken effect; may abort it.
         on_step: Run before a step is served; returns a result to send instead, or None.
         steps: Every step received.
+        opens: Every request for a session.
     """
 
     def __init__(self) -> None:
@@ -84,6 +85,7 @@ class FakeServer:
         self.on_step: Fault = lambda step: None
         self.steps: list[Any] = []
         self.appends: list[Any] = []
+        self.opens: list[Any] = []
         self.lengths = [0] * NUM_LAYERS
         self.last_appends: dict[int, tuple[int, int, int]] = {}
         self.is_open = True
@@ -188,7 +190,8 @@ class FakeServer:
             incarnation="run1", models=[described], max_message_bytes=self.max_message_bytes
         )
 
-    def _open(self, _request: Any) -> Any:
+    def _open(self, request: Any) -> Any:
+        self.opens.append(request)
         return pb.OpenSessionResponse(session=self.session())
 
     def _get(self, _request: Any) -> Any:

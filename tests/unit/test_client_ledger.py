@@ -113,6 +113,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_waits_for_ever(self) -> None:
         assert len(self.ledger) == len(self.unanswered)
+        assert self.ledger.num_sent == sum(step.is_sent for step in self.unanswered.values())
         if self.is_open and self.unanswered:
             assert self.unanswered[min(self.unanswered)].is_sent, "the oldest step is held"
 

@@ -11,6 +11,7 @@ import pytest
 
 import octavo_client as oc
 from octavo_client import _errors
+from octavo_client._channel import channel_options
 
 
 def test_all_is_complete_and_nothing_else_is_public() -> None:
@@ -66,6 +67,25 @@ def test_importing_is_quick_and_light() -> None:
 def test_every_wait_is_bounded(field: str, seconds: float) -> None:
     with pytest.raises(ValueError, match=field):
         oc.Timeout(**{field: seconds})
+
+
+def test_a_wait_is_a_number() -> None:
+    with pytest.raises(TypeError, match="step_s must be a number of seconds, got '3'"):
+        oc.Timeout(step_s="3")  # type: ignore[arg-type]
+
+
+def test_a_silent_link_is_noticed_while_a_step_can_still_be_sent_again() -> None:
+    options = dict(channel_options(oc.Timeout(), oc.Retry()))
+    noticed_ms = options["grpc.keepalive_time_ms"] + options["grpc.keepalive_timeout_ms"]
+    assert noticed_ms <= oc.Timeout().step_s * 1000 / 2
+
+
+def test_long_waits_fit_the_channels_options() -> None:
+    longest = oc.Retry(initial_backoff_s=1e9, max_backoff_s=1e300)
+    options = dict(channel_options(oc.Timeout(connect_s=1e300), longest))
+    assert options["grpc.min_reconnect_backoff_ms"] == 2**31 - 1
+    assert options["grpc.initial_reconnect_backoff_ms"] == 2**31 - 1
+    assert options["grpc.max_reconnect_backoff_ms"] == 2**31 - 1
 
 
 def test_retry_is_checked() -> None:

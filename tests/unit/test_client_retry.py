@@ -32,6 +32,14 @@ def test_a_success_starts_over() -> None:
     assert backoff.next_delay(LOST) is None
 
 
+def test_every_wait_fits_the_clocks() -> None:
+    week = 7 * 86_400.0
+    backoff = Backoff(oc.Retry(max_attempts=3000, initial_backoff_s=1.0, max_backoff_s=1e300))
+    delays = [backoff.next_delay(LOST) or 0 for _ in range(2000)]
+    assert max(delays) == week
+    assert Attempts(oc.Retry(), deadline=1e300).remaining(0.0) == week
+
+
 def test_the_server_may_ask_for_longer() -> None:
     assert Backoff(oc.Retry()).next_delay(DRAINING) == 3.0
 

@@ -99,6 +99,7 @@ def test_more_causal_queries_than_tokens_have_no_position() -> None:
         ((-1, 1, None), "layer must be from 0 to 1"),
         ((0, 0, None), "num_tokens must be 1 or more, got 0"),
         ((0, 1, -1), "start_pos must be 0 or more, got -1"),
+        ((0, 1, 2**32 - 1), "start_pos must be at most 4294967294, got 4294967295"),
     ],
 )
 def test_entries_that_cannot_be(entry: tuple[int, int, int | None], expected: str) -> None:
@@ -148,6 +149,33 @@ def test_a_step_over_the_servers_limit_is_not_sent() -> None:
 def test_a_timeout_is_bounded(timeout: float) -> None:
     with pytest.raises(ValueError, match="timeout must be positive and finite"):
         draft((mirror(), 0, 1, None), timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"casual": False}, "no option casual; it has causal, return_lse, timeout"),
+        ({"causal": None}, "causal must be True or False, got None"),
+        ({"return_lse": 1}, "return_lse must be True or False, got 1"),
+        ({"timeout": "3"}, "timeout must be a number of seconds, got '3'"),
+    ],
+)
+def test_options_that_cannot_be(options: Any, expected: str) -> None:
+    placements = [Placement(mirror(), 0, 1, None)]
+    with pytest.raises(TypeError, match=expected):
+        draft_step(
+            placements, tensors(1), options, default_timeout_s=30.0, max_message_bytes=1 << 20
+        )
+
+
+def test_no_timeout_is_the_clients() -> None:
+    assert draft((mirror(), 0, 1, None), timeout=None).timeout_s == 30.0
+
+
+@pytest.mark.parametrize("seconds", [1e7, 1e308])
+def test_a_long_timeout_fits_its_field(seconds: float) -> None:
+    _, _, (message,) = in_exchange(draft((mirror(), 0, 1, None), timeout=seconds))
+    assert pb.DecodeRequest.FromString(message).step.timeout_ms == 2**32 - 1
 
 
 def test_a_closed_session_takes_no_step() -> None:
@@ -251,7 +279,7 @@ def test_a_step_expires_with_its_fate() -> None:
     step = draft((session, 0, 1, None), timeout=1.0), draft((session, 0, 1, None), timeout=1.0)
     exchange, _, sent = in_exchange(*step)
     assert len(sent) == 1
-    outcomes, to_send = exchange.expire(1.0)
+    outcomes, to_send, _ = exchange.expire(1.0)
     fates = [(type(error), error.may_be_applied) for _, _, error in outcomes]  # type: ignore[union-attr]
     assert fates == [(oc.StepTimeout, True), (oc.StepTimeout, False)]
     assert (to_send, session.is_stale, len(exchange)) == ([], True, 0)
@@ -263,7 +291,7 @@ def test_an_expiry_after_a_cut_leaves_the_fate_open() -> None:
     exchange.on_broken()
     exchange.on_open(1.0)
     refusal = status("STEP_EXPIRED", "DEADLINE_EXCEEDED", timeout_ms=9)
-    outcomes, _ = exchange.on_result(pb.StepResult(step_id=step_id, error=refusal), 2.0)
+    outcomes = exchange.on_result(pb.StepResult(step_id=step_id, error=refusal), 2.0).outcomes
     (error,) = [outcome.error for outcome in outcomes]
     assert isinstance(error, oc.StepTimeout)
     assert error.may_be_applied
@@ -274,7 +302,7 @@ def test_an_expiry_without_a_cut_is_the_servers_word() -> None:
     session = mirror()
     exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
     refusal = status("STEP_EXPIRED", "DEADLINE_EXCEEDED", timeout_ms=9)
-    outcomes, _ = exchange.on_result(pb.StepResult(step_id=step_id, error=refusal), 2.0)
+    outcomes = exchange.on_result(pb.StepResult(step_id=step_id, error=refusal), 2.0).outcomes
     (error,) = [outcome.error for outcome in outcomes]
     assert isinstance(error, oc.StepExpired)
     assert (error.timeout_ms, session.lengths, session.is_stale) == (9, (0, 0), False)
@@ -289,6 +317,37 @@ def test_giving_up_releases_the_next() -> None:
     assert len(exchange.give_up(first, 1.0)) == 1
     assert exchange.give_up(first, 1.0) == []
     assert session.is_stale
+
+
+def test_an_answer_that_breaks_the_client_fails_its_step() -> None:
+    session = mirror()
+    step = draft((session, 0, 1, None))
+    exchange, (step_id,), _ = in_exchange(step)
+    result = answer_to(step)
+    result.step_id = step_id
+
+    def fail(_array: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    step.to_caller = fail
+    (outcome,) = exchange.on_result(result, 1.0).outcomes
+    assert isinstance(outcome.error, oc.InterruptedCall)
+    assert outcome.error.may_be_applied
+    assert session.lengths == (1, 0), "what the answer said is lost"
+    session.refresh((4, 4))
+    assert session.lengths == (4, 4), "the step was settled twice"
+
+
+def test_only_what_is_over_the_limit_fails_for_it() -> None:
+    small, large = draft((mirror(), 0, 1, None)), draft((mirror(handle=12), 0, 9, None))
+    behind = draft((large.placements[0].mirror, 0, 1, None))
+    exchange, _, (first, second) = in_exchange(small, large, behind)
+    limit = {"limit_bytes": str(len(second) - 1)}
+    assert len(first) < len(second) - 1
+    (outcome,) = exchange.fail_too_large(oc.MessageTooLarge("", "large", metadata=limit))
+    assert isinstance(outcome.error, oc.MessageTooLarge)
+    assert [step.may_be_applied for step in exchange._ledger._steps.values()] == [True, False]
+    assert len(exchange.on_open(1.0)) == 2
 
 
 def test_draining_holds_what_was_refused_until_the_rest_is_answered() -> None:
@@ -311,6 +370,9 @@ def test_draining_holds_what_was_refused_until_the_rest_is_answered() -> None:
     [
         (LOST, True, oc.ConnectionLost),
         (oc.Draining("DRAINING", "no"), True, oc.ConnectionLost),
+        (oc.DeviceFailure("DEVICE_FAILURE", "no"), True, oc.ConnectionLost),
+        (oc.DeviceFailure("DEVICE_FAILURE", "no"), False, oc.DeviceFailure),
+        (oc.CallTimeout("late", may_be_applied=True), False, oc.CallTimeout),
         (oc.Draining("DRAINING", "no"), False, oc.Draining),
         (oc.ClientClosed("closed"), True, oc.ClientClosed),
     ],

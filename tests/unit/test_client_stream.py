@@ -214,8 +214,10 @@ def test_a_refused_stream_is_opened_again(
 
 def test_another_refusal_of_the_stream_is_final(server: FakeServer, session: oc.Session) -> None:
     server.before["Decode"] = refusing(status("DEVICE_FAILURE", "INTERNAL"))
-    with pytest.raises(oc.DeviceFailure):
+    with pytest.raises(oc.ConnectionLost, match="planted DEVICE_FAILURE") as raised:
         session.decode(0, *tensors())
+    assert raised.value.may_be_applied
+    assert isinstance(raised.value.__cause__, oc.DeviceFailure)
     assert server.calls["Decode"] == 1
 
 

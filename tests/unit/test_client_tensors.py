@@ -43,6 +43,12 @@ def test_torch_in_torch_out(dtype: torch.dtype) -> None:
     out.add_(1)  # its memory is its own, and writable
 
 
+def test_torch_with_pending_bits() -> None:
+    negative = torch.tensor([1.0 + 2.0j]).conj().imag
+    assert negative.is_neg()
+    np.testing.assert_array_equal(_tensors.to_host("q", negative), [-2.0])
+
+
 @pytest.mark.parametrize("value", [np.zeros((4, 3), np.float16), torch.zeros(4, 3)])
 def test_any_strides_are_taken(value: Any) -> None:
     value[1, 2] = 5

@@ -65,6 +65,13 @@ def test_flags_alone_serve_with_defaults() -> None:
     assert model.spec.sinks is None
 
 
+def test_models_without_a_size_share_the_default() -> None:
+    texts = [TINY, TINY.replace("name=tiny", "name=other"), TINY.replace("name=tiny", "name=sized")]
+    models = load_config(None, {}, [*texts[:2], texts[2] + ",memory=1GiB"]).models
+    assert [model.memory for model in models[:2]] == [MemorySize(fraction=0.25)] * 2
+    assert models[2].memory == MemorySize(bytes=2**30)
+
+
 def test_file_and_flags_say_the_same(write_yaml: WriteYaml) -> None:
     from_file = load_config(write_yaml("max_sessions: 5\nlog_level: debug\n" + TINY_YAML))
     from_flags = load_config(None, {"max_sessions": "5", "log_level": "debug"}, [TINY])

@@ -31,6 +31,11 @@ def ends_well(path: Path | None, *models: str, **flags: str) -> None:
         load_config(path, flags, models)
 
 
+def test_deep_nesting_ends_well(tmp_path: Path) -> None:
+    (tmp_path / "octavo.yaml").write_text("[" * 5000)
+    ends_well(tmp_path / "octavo.yaml")
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_bytes_end_well(tmp_path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from octavo_client.oracle import AttentionOptions, OracleCache, check, quantize
 from octavo_server.backends import cpu
 from octavo_server.backends.base import (
     NO_OFFENCE,
@@ -22,6 +25,7 @@ from octavo_server.backends.base import (
     alloc_paged_int8_cache,
 )
 from octavo_server.backends.cpu import CpuBackend, available_isas
+from octavo_server.kernel_build import find_csrc
 from octavo_server.model import ModelSpec
 
 SPEC = ModelSpec("small", 2, 2, 1, 8, 16, 64, (0.5, 0.5), (0, 0), (0.0, 0.0))
@@ -180,6 +184,54 @@ def test_the_callers_rounding_mode_does_not_matter(
     backend.int8_kv_append_paged(cache, one_token(), rows(1), rows(1))
     stored = backend.read_tokens(cache, 1, one_token().slot_mapping)
     assert stored.k_codes.tolist() == [[[127, 0, 2, 0, -2, 3, 0, -127]]]
+
+
+@pytest.fixture
+def flushing_subnormals() -> Iterator[None]:
+    """Let this thread take subnormal numbers for zero."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("torch cannot flush subnormal numbers on this machine")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("flushing_subnormals")
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_the_callers_flushing_does_not_matter(isa: str, dtype: type) -> None:
+    """K, V and the answer have subnormal values; two tokens, weighted 1 and exp(-80)."""
+    backend = CpuBackend(num_threads=2, isa=isa)
+    cache = alloc_paged_int8_cache(backend, SPEC, NUM_BLOCKS)
+    batch = replace(
+        one_token(),
+        token_starts=np.array([0, 2], np.int32),
+        kv_lens=np.array([2], np.int32),
+        slot_mapping=np.array([32, 33]),
+    )
+    q: NDArray[Any] = np.full((2, 2, 8), 10, dtype)
+    k: NDArray[Any] = np.broadcast_to(np.array([1, -1], dtype)[:, None, None], (2, 1, 8))
+    tiny: NDArray[Any] = np.array(
+        [2.0**-24, 1e-39, 2.0**-133, 0, -(2.0**-24), 1e-42, -1e-40, 3e-5], dtype
+    )
+    v = np.stack([np.zeros_like(tiny), tiny])[:, None]
+    assert backend.int8_kv_append_paged(cache, batch, k, v).tolist() == [NO_OFFENCE]
+    output = backend.int8_paged_decode_attention(cache, batch, q, return_lse=False)
+    torch.set_flush_denormal(False)
+    stored = backend.read_tokens(cache, 1, batch.slot_mapping)
+    codes, scales = quantize(v)
+    np.testing.assert_array_equal(stored.v_codes, codes)
+    np.testing.assert_array_equal(stored.v_scales, scales)
+    oracle = OracleCache(AttentionOptions(sm_scale=SPEC.sm_scale[1]))
+    oracle.append(k, v)
+    check(output.out, oracle.attend(q, start_pos=0))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_every_extension_that_is_compiled_for_is_checked(isa: str) -> None:
+    source = (find_csrc() / "cpu" / f"isa_{isa}.cpp").read_text()
+    (targets,) = re.findall(r'#pragma GCC target\("(.*)"\)', source)
+    checked = re.findall(r'__builtin_cpu_supports\("(.*?)"\)', source)
+    assert sorted(checked) == sorted(targets.split(","))
 
 
 def test_a_freed_cache_leaves_the_others_alone(backend: CpuBackend, cache: PagedInt8Cache) -> None:

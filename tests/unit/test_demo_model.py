@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -275,9 +276,45 @@ def test_training_learns_and_exports(training: ModuleType, tmp_path: Path) -> No
     recipe = training.Recipe(0.02, batch_tokens=256, contexts=((0.0, 32),), warmup_steps=2)
     torch.manual_seed(0)
     path = tmp_path / "trained.safetensors"
-    training.Trainer(training.Decoder(CONFIG), training.Corpus(text, text), recipe, path).run()
+    ticks = count(0.0, 0.005)  # a clock that counts its readings: the number of steps is fixed
+    model, corpus = training.Decoder(CONFIG), training.Corpus(text, text)
+    training.Trainer(model, corpus, recipe, path, clock=lambda: next(ticks)).run()
     logits = full_logits(TinyLlama.load(path), np.arange(32) % 4)
     assert (logits.argmax(axis=-1) < 4).all()  # of 64 tokens, only these four occur
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_training_time_must_be_positive(
+    training: ModuleType, minutes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        training.main([f"--minutes={minutes}"])
+    assert f"--minutes: must be a positive number, got {minutes}" in capsys.readouterr().err
+
+
+def test_too_little_text_is_refused_before_training(
+    training: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.safetensors"
+    text.write_text("a" * 22_755)  # 1,024 of which are held out
+    threads = f"--threads={torch.get_num_threads()}"  # of the whole process
+    with pytest.raises(SystemExit, match="2"):
+        training.main([threads, "--minutes=0.001", f"--text={text}", f"--out={out}"])
+    error = capsys.readouterr().err
+    assert "--text: held-out text must be over 1024 bytes, got 1024" in error
+    assert not out.exists()
+
+
+def test_evaluation_names_every_book(training: ModuleType) -> None:
+    torch.manual_seed(4)
+    model = training.Decoder(CONFIG).eval()
+    texts = torch.randint(CONFIG.vocab_size, (4, 400), dtype=torch.uint8)
+    corpus = training.Corpus(texts[0], texts[1], {"Ruth": texts[2], "Jas": texts[3]})
+    bits = dict(training.evaluate(model, corpus))
+    assert list(bits) == ["held-out text", "Ruth", "Jas", "training text, 4 windows"]
+    measured = [training.bits_per_byte(model, text, CONFIG.max_context) for text in texts]
+    assert list(bits.values()) == pytest.approx([*measured[1:], measured[0]])
+    assert len(set(measured)) == 4
 
 
 def test_evaluation_refuses_too_little_text(training: ModuleType) -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from octavo_client.demo.model import FloatArray
-from octavo_client.demo.quality import Quality, compare, plan_chunks
+from octavo_client import Progress
+from octavo_client.demo.exact_attention import ExactAttention
+from octavo_client.demo.model import FloatArray, IntArray, TinyLlama
+from octavo_client.demo.quality import (
+    Quality,
+    QualityPlan,
+    compare,
+    measure_quality,
+    plan_chunks,
+    sample_texts,
+)
 
 GOOD = Quality(
     num_tokens=4096,
@@ -78,3 +89,85 @@ def test_faults(quality: Quality, faults: list[str]) -> None:
 )
 def test_chunks(text_len: int, num_single: int, chunks: list[int]) -> None:
     assert plan_chunks(text_len, num_single) == chunks
+
+
+class RecordingAttention:
+    """Exact attention that keeps what it was asked: layers, and each sequence's tokens."""
+
+    def __init__(self, model: TinyLlama, num_seqs: int) -> None:
+        self.exact = ExactAttention(model.config, num_seqs)
+        self.counts: Sequence[int] = ()
+        self.steps: list[tuple[int, tuple[int, ...], int]] = []
+
+    def begin(self, num_tokens: Sequence[int]) -> IntArray:
+        self.counts = tuple(num_tokens)
+        return self.exact.begin(num_tokens)
+
+    def __call__(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray) -> FloatArray:
+        self.steps.append((layer, tuple(self.counts), len(q)))
+        return self.exact(layer, q, k, v)
+
+
+@contextmanager
+def show_nothing(_title: str) -> Iterator[Progress]:
+    yield lambda _done, _total: None
+
+
+def ignore_progress(_done: int, _total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyLlama:
+    return TinyLlama.load()
+
+
+def test_measurement_goes_in_chunks_then_one_by_one(model: TinyLlama) -> None:
+    attention = RecordingAttention(model, num_seqs=2)
+    quality = measure_quality(model, attention, QualityPlan(2, 70, 3, seed=0), show_nothing)
+    expected = [
+        (layer, (num_tokens, num_tokens), 2 * num_tokens)
+        for num_tokens in (64, 3, 1, 1, 1)
+        for layer in range(model.config.num_layers)
+    ]
+    assert attention.steps == expected
+    assert (quality.num_tokens, quality.num_single, quality.max_context) == (140, 6, 70)
+
+
+def test_single_tokens_are_counted_rather_than_planned(
+    model: TinyLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "octavo_client.demo.quality.plan_chunks", lambda text_len, _num_single=0: [text_len]
+    )
+    attention = RecordingAttention(model, num_seqs=2)
+    quality = measure_quality(model, attention, QualityPlan(2, 8, 4, seed=0), show_nothing)
+    assert (quality.num_tokens, quality.num_single) == (16, 0)
+
+
+def test_texts_are_sampled_at_temperature_1(model: TinyLlama) -> None:
+    plan = QualityPlan(num_texts=4, text_len=150, num_single=0, seed=0)
+    texts = sample_texts(model, plan, ignore_progress)
+    assert texts.shape == (4, 151)
+    attention = ExactAttention(model.config, plan.num_texts)
+    positions = attention.begin([plan.text_len] * plan.num_texts)
+    logits = model.forward(texts[:, :-1].reshape(-1), positions, attention).astype(np.float64)
+    log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    surprise = -np.take_along_axis(log_probs, texts[:, 1:].reshape(-1, 1), axis=-1)[:, 0]
+    probs = np.exp(log_probs)
+    entropy = -(probs * log_probs).sum(axis=-1)
+    variance = (probs * log_probs**2).sum(axis=-1) - entropy**2
+    # Of tokens drawn at temperature 1, the surprise is the entropy on average; colder ones surprise less.
+    z_score = (surprise - entropy).sum() / np.sqrt(variance.sum())
+    assert abs(z_score) < 3
+    assert surprise.mean() < 0.5 * np.log(model.config.vocab_size)
+
+
+def test_texts_differ_and_follow_the_seed(model: TinyLlama) -> None:
+    def texts(seed: int) -> list[list[int]]:
+        plan = QualityPlan(num_texts=3, text_len=24, num_single=0, seed=seed)
+        sampled: list[list[int]] = sample_texts(model, plan, ignore_progress).tolist()
+        return sampled
+
+    assert texts(1) == texts(1)
+    assert len({tuple(text) for text in texts(1) + texts(2)}) == 6

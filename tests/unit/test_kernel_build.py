@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -20,17 +21,30 @@ NO_COMPILER = "no-such-compiler"
 class FakeCompiler:
     """Writes a library without compiling, and remembers what it was given."""
 
-    def __init__(self, failure: str = "") -> None:
+    def __init__(self, failure: Exception | None = None) -> None:
         self.calls: list[list[str]] = []
         self._failure = failure
 
     def __call__(self, sources: Sequence[Path], directory: Path, verbose: bool) -> Path:
         self.calls.append([source.name for source in sources])
-        if self._failure:
-            raise RuntimeError(self._failure)
+        if self._failure is not None:
+            raise self._failure
         library = directory / "compiled.so"
         library.write_text("library")
         return library
+
+
+def names_in(directory: Path) -> list[str]:
+    """Return the names in a directory, sorted."""
+    return sorted(path.name for path in directory.iterdir())
+
+
+def write_compiler(directory: Path, version: str) -> str:
+    """Write a program that answers --version, and return its path."""
+    path = directory / "cxx"
+    path.write_text(f"#!/bin/sh\nprintf '%s' '{version}'\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.fixture
@@ -57,7 +71,46 @@ def test_a_cached_build_is_not_compiled_again(csrc: Path, cache: Path) -> None:
     assert build_library(csrc, cache, compiler, verbose=False) == first
     assert compiler.calls == [["decode.cpp"]]
     assert first.read_text() == "library"
-    assert sorted(path.name for path in first.parent.iterdir()) == ["lock", "octavo_cpu.so"]
+    assert names_in(first.parent) == ["lock", "octavo_cpu.sha256", "octavo_cpu.so"]
+
+
+@pytest.mark.parametrize("part", ["library", "octavo_cpu.sha256"])
+@pytest.mark.parametrize("left", [None, "", "lib", "librarY"])
+def test_a_damaged_build_is_made_again(
+    csrc: Path, cache: Path, part: str, left: str | None
+) -> None:
+    library = build_library(csrc, cache, FakeCompiler(), verbose=False)
+    damaged = library if part == "library" else library.with_name(part)
+    damaged.unlink()
+    if left is not None:
+        damaged.write_text(left)
+    compiler = FakeCompiler()
+    assert build_library(csrc, cache, compiler, verbose=False) == library
+    assert len(compiler.calls) == 1
+    assert library.read_text() == "library"
+    assert kernel_build.is_intact(library)
+
+
+def test_what_is_kept_is_on_disk_before_it_has_its_name(
+    csrc: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    build_library(csrc, cache, FakeCompiler(), verbose=False)
+    assert [path.name for path in flushed] == ["compiled.sha256", "compiled.so"]
+
+
+def test_what_a_killed_build_left_is_removed(csrc: Path, cache: Path) -> None:
+    library = build_library(csrc, cache, FakeCompiler(), verbose=False)
+    (library.parent / "build-killed").mkdir()
+    (library.parent / "build-killed" / "decode.o").write_text("")
+    library.unlink()
+    build_library(csrc, cache, FakeCompiler(), verbose=False)
+    assert names_in(library.parent) == ["lock", "octavo_cpu.sha256", "octavo_cpu.so"]
 
 
 @pytest.mark.parametrize("changed", ["cpu/decode.cpp", "include/decode.h"])
@@ -126,10 +179,53 @@ def test_no_compiler_but_a_build_of_the_same_content(
         build_library(csrc, cache, FakeCompiler(), verbose=False)
 
 
+def test_no_compiler_and_a_damaged_build(
+    csrc: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_library(csrc, cache, FakeCompiler(), verbose=False).write_text("")
+    monkeypatch.setenv("CXX", NO_COMPILER)
+    with pytest.raises(UnsupportedError, match="no C\\+\\+ compiler"):
+        build_library(csrc, cache, FakeCompiler(), verbose=False)
+
+
+@pytest.mark.parametrize("cxx", ["ccache g++", "g++ -m64", " "])
+def test_a_compiler_with_arguments_is_refused(
+    csrc: Path, cache: Path, cxx: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    with pytest.raises(UnsupportedError, match=re.escape(f"must be one program, got {cxx!r}; ")):
+        build_library(csrc, cache, FakeCompiler(), verbose=False)
+
+
+def test_an_empty_cxx_is_none(csrc: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    default = build_library(csrc, cache, FakeCompiler(), verbose=False)
+    monkeypatch.setenv("CXX", "")
+    assert build_library(csrc, cache, FakeCompiler(), verbose=False) == default
+
+
+@pytest.mark.parametrize("version", ["Debian clang version 14.0.6", "clang version 19.1.7"])
+def test_clang_is_refused_on_x86(
+    csrc: Path, cache: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", write_compiler(csrc, version))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(UnsupportedError, match=f"need GCC, .*cxx' is '{version}'.*set CXX=g\\+\\+"):
+        build_library(csrc, cache, FakeCompiler(), verbose=False)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    build_library(csrc, cache, FakeCompiler(), verbose=False)
+
+
+def test_a_compiler_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = write_compiler(tmp_path, "")
+    monkeypatch.setenv("CXX", compiler)
+    assert kernel_build.compiler_version() == f"{compiler} "
+
+
 def test_a_failed_compile_shows_its_end_and_keeps_it_all(csrc: Path, cache: Path) -> None:
     output = "\n".join(f"line {i}" for i in range(100))
     with pytest.raises(UnsupportedError) as caught:
-        build_library(csrc, cache, FakeCompiler(failure=output), verbose=False)
+        build_library(csrc, cache, FakeCompiler(RuntimeError(output)), verbose=False)
     text = str(caught.value)
     (log,) = cache.glob("*/build.log")
     assert str(log) in text
@@ -137,6 +233,37 @@ def test_a_failed_compile_shows_its_end_and_keeps_it_all(csrc: Path, cache: Path
     assert "line 50" not in text
     assert log.read_text() == output
     build_library(csrc, cache, FakeCompiler(), verbose=False)  # the next one starts afresh
+
+
+def test_a_failed_compile_whose_log_cannot_be_kept(csrc: Path, cache: Path) -> None:
+    library = build_library(csrc, cache, FakeCompiler(), verbose=False)
+    library.unlink()
+    (library.parent / "build.log").mkdir()
+    with pytest.raises(UnsupportedError, match=r"build\.log: .*Is a directory.*\nline 99"):
+        build_library(csrc, cache, FakeCompiler(RuntimeError("line 99")), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("failure", "text"),
+    [
+        (OSError("No space left"), r"keep its kernels in .*: No space left; set OCTAVO_CACHE_DIR"),
+        (ImportError("No module named 'setuptools'"), "No module named 'setuptools'; install it"),
+    ],
+)
+def test_what_else_may_fail_is_told(csrc: Path, cache: Path, failure: Exception, text: str) -> None:
+    with pytest.raises(UnsupportedError, match=text):
+        build_library(csrc, cache, FakeCompiler(failure), verbose=False)
+
+
+def test_a_library_that_cannot_be_loaded_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "octavo_cpu.so"
+    library.write_text("library")
+    monkeypatch.setattr(kernel_build, "build_library", lambda *_, **__: library)
+    text = f"cannot load its kernels from {tmp_path}: .*too short; .* OCTAVO_CACHE_DIR"
+    with pytest.raises(UnsupportedError, match=text):
+        kernel_build.build_cpu_kernels()
 
 
 def test_a_cache_that_cannot_be_written(csrc: Path, tmp_path: Path) -> None:
@@ -168,6 +295,7 @@ def test_no_ninja_names_the_package(
     with pytest.raises(UnsupportedError, match="pip install ninja"):
         build_library(csrc, cache, kernel_build.compile_with_torch, verbose=False)
     assert os.environ["PATH"] == str(bin_directory)
+    assert os.environ["CXX"] == compiler
 
 
 @pytest.mark.parametrize(

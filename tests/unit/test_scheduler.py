@@ -60,11 +60,19 @@ def test_a_launch_is_bounded_but_takes_any_single_step() -> None:
     assert turns(*queue) == [["a"], ["b", "d"], ["c"]]
 
 
-def test_expired_and_cancelled_work_is_handed_back_and_holds_nothing_up() -> None:
+def test_expired_and_cancelled_work_leaves_the_queue_and_holds_nothing_up() -> None:
     scheduler = Scheduler[str](100)
     keys = frozenset([WorkKey(1, 0)])
     scheduler.submit(WorkItem("late", keys, "m", 1, deadline=5.0))
     scheduler.submit(WorkItem("gone", keys, "m", 1, is_cancelled=lambda: True))
     scheduler.submit(WorkItem("on time", keys, "m", 1, deadline=5.1))
-    assert scheduler.next_turn(now=5.0) == (["on time"], ["late"], ["gone"])
+    assert scheduler.next_turn(now=5.0) == (["on time"], ["late"])
+    assert len(scheduler) == 0
+
+
+def test_what_is_left_can_be_taken_unrun() -> None:
+    scheduler = Scheduler[str](100)
+    for name in "ab":
+        scheduler.submit(item(name, [(1, 0)]))
+    assert scheduler.clear() == ["a", "b"]
     assert len(scheduler) == 0

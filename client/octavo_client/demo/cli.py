@@ -31,6 +31,7 @@ from octavo_client.demo.orchestrator import MODEL_NAME, Orchestrator
 from octavo_client.demo.quality import Quality, QualityPlan, measure_quality
 from octavo_client.demo.report import CacheUse, Speed, measure_table
 from octavo_client.demo.sampling import Sampler
+from octavo_client.demo.served_model import differences
 
 DEFAULT_PROMPTS = (
     "In the beginning",
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when the quality is as it must be, 1 when it is not or the demo cannot run, 2 for mistakes in the
         arguments, 130 when interrupted. Raises SystemExit when told to end by a signal.
     """
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         # One thread for BLAS: the matrices are small, and threads that wait for each other by spinning take the
@@ -91,7 +92,8 @@ def _fail(text: str, code: int) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="octavo-demo",
         description="Decode a small real model whose KV cache and attention are on an Octavo server: "
@@ -120,14 +122,19 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, console: Console) -> int:
     model = _load(args.weights)
     prompts = tuple(args.prompt or DEFAULT_PROMPTS)
-    plan = _quality_plan(args, model.config)
+    plan = quality_plan(args, model.config)
     _check(args, prompts, model.config)
-    num_seqs = max(len(prompts), plan.num_texts)
+    phases = (
+        # Nothing is computed for the last new token, so no K and V of it are held.
+        [len(prompt.encode()) + args.tokens - 1 for prompt in prompts],
+        [plan.text_len] * plan.num_texts,
+    )
+    num_seqs = max(map(len, phases))
     with (
-        _server(args, console, model.config, num_seqs) as target,
+        _server(args, console, model_flag(MODEL_NAME, model.config, num_seqs)) as target,
         Client(target, retry=RETRY) as client,
     ):
-        served = _connect(client, target, model.config, console)
+        served = _connect(client, target, model.config, phases, console)
         orchestrate = functools.partial(Orchestrator, client, model)
         speed, cache = _generate(args, console, orchestrate, prompts, served)
         quality = _measure(console, orchestrate, model, plan) if args.quality_tokens else None
@@ -142,7 +149,7 @@ def _load(weights: Path) -> TinyLlama:
         raise DemoError(f"cannot load the weights {weights}: {error}") from error
 
 
-def _quality_plan(args: argparse.Namespace, config: ModelConfig) -> QualityPlan:
+def quality_plan(args: argparse.Namespace, config: ModelConfig) -> QualityPlan:
     """Return the plan for --quality-tokens: its texts as long as they may be, a quarter of each token by token."""
     most = NUM_TEXTS * config.max_context
     if not 0 <= args.quality_tokens <= most:
@@ -156,13 +163,14 @@ def _check(args: argparse.Namespace, prompts: Sequence[str], config: ModelConfig
         raise UsageError(
             "--backend is for the server that is started here: leave out one of --target and --backend"
         )
+    _utf8("--target", args.target or "")
     most_tokens = config.max_context - 1
     if not 2 <= args.tokens <= most_tokens:
         raise UsageError(f"--tokens must be from 2 to {most_tokens}, got {args.tokens}")
     if args.seed < 0 or not 0 <= args.temperature < float("inf"):
         raise UsageError("--seed and --temperature must be 0 or more")
     for prompt in prompts:
-        num_bytes = len(prompt.encode())
+        num_bytes = len(_utf8("a prompt", prompt))
         if not 0 < num_bytes <= config.max_context - args.tokens:
             raise UsageError(
                 f"a prompt must have from 1 to {config.max_context - args.tokens} bytes, so that it fits the "
@@ -170,43 +178,47 @@ def _check(args: argparse.Namespace, prompts: Sequence[str], config: ModelConfig
             )
 
 
+def _utf8(what: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 arrive as surrogates
+        raise UsageError(f"{what} must be UTF-8, got {text!a}") from None
+
+
 @contextmanager
-def _server(
-    args: argparse.Namespace, console: Console, config: ModelConfig, num_seqs: int
-) -> Iterator[str]:
+def _server(args: argparse.Namespace, console: Console, model_text: str) -> Iterator[str]:
     """Yield the address of the server to use; start and end one where none was named."""
     if args.target:
         yield args.target
         return
-    flags = [
-        "--backend",
-        args.backend or "auto",
-        "--model",
-        model_flag(MODEL_NAME, config, num_seqs),
-    ]
+    flags = ["--backend", args.backend or "auto", "--model", model_text]
     with ExitStack() as stack:
         with show_waiting(console, "starting octavo-server") as tell:
             target = stack.enter_context(local_server(flags, tell))
         yield target
 
 
-def _connect(client: Client, target: str, config: ModelConfig, console: Console) -> Model:
-    """Return the server's model, after checking that it is the demo's."""
+def _connect(
+    client: Client,
+    target: str,
+    config: ModelConfig,
+    phases: Sequence[Sequence[int]],
+    console: Console,
+) -> Model:
+    """Return the server's model, after checking that it is the demo's and has room for it."""
     try:
         info = client.server_info()
     except ConnectionLost as error:
         raise DemoError(f"no octavo-server answers at {target}: {error}") from error
     served = info.models.get(MODEL_NAME)
-    start = f"octavo-server serve --model {model_flag(MODEL_NAME, config, num_seqs=8)}"
+    num_seqs = max(map(len, phases))
+    start = f"octavo-server serve --model {model_flag(MODEL_NAME, config, num_seqs)}"
     if served is None:
         names = ", ".join(info.models)
         raise DemoError(f"{target} must serve {MODEL_NAME}, it serves {names}; run: {start}")
-    for name in ("num_layers", "num_q_heads", "num_kv_heads", "head_dim"):
-        expected, actual = getattr(config, name), getattr(served, name)
-        if actual != expected:
-            raise DemoError(
-                f"{MODEL_NAME} at {target} must have {name} {expected}, got {actual}; run: {start}"
-            )
+    wanted = " and ".join(differences(served, config, phases))
+    if wanted:
+        raise DemoError(f"{MODEL_NAME} at {target} must have {wanted}; run: {start}")
     console.print(
         f"octavo-server {info.version} at {target}: {info.backend_description}", markup=False
     )

@@ -74,7 +74,7 @@ class Quality:
 
     Attributes:
         num_tokens: Tokens compared.
-        num_single: Those of them that went to the server by one Decode step per layer and token.
+        num_single: Those of them that went to the server by one Decode step per layer and token, as counted on the way.
         max_context: Longest context that a token attended to.
         exact_perplexity: Of the texts, with exact FP32 attention in process.
         octavo_perplexity: Of the texts, with attention on the server.
@@ -130,8 +130,27 @@ def measure_quality(
         exact = force(model, exact_attention, texts, plan_chunks(plan.text_len), progress)
     with show("scoring it through Octavo") as progress:
         chunks = plan_chunks(plan.text_len, plan.num_single)
-        octavo = force(model, attention, texts, chunks, progress)
-    return compare(exact, octavo, texts, plan.num_single)
+        counting = _CountingAttention(attention)
+        octavo = force(model, counting, texts, chunks, progress)
+    return compare(exact, octavo, texts, counting.num_single // model.config.num_layers)
+
+
+@dataclass(slots=True, eq=False)
+class _CountingAttention:
+    """An attention that counts the tokens that are all there is of their sequence in a step."""
+
+    attention: Attention
+    num_single: int = 0  # of all layers
+    counts: tuple[int, ...] = ()
+
+    def begin(self, num_tokens: Sequence[int]) -> IntArray:
+        self.counts = tuple(num_tokens)
+        return self.attention.begin(num_tokens)
+
+    def __call__(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray) -> FloatArray:
+        out = self.attention(layer, q, k, v)
+        self.num_single += self.counts.count(1)
+        return out
 
 
 def sample_texts(model: TinyLlama, plan: QualityPlan, progress: Progress) -> IntArray:
@@ -192,13 +211,16 @@ def force(
 
 
 def compare(exact: FloatArray, octavo: FloatArray, texts: IntArray, num_single: int) -> Quality:
-    """Compare logits `[num_texts, text_len, vocab_size]` of texts `[num_texts, 1 + text_len]`."""
+    """Compare logits `[num_texts, text_len, vocab_size]` of texts `[num_texts, 1 + text_len]`.
+
+    `num_single` of the tokens were sent one by one.
+    """
     targets = texts[:, 1:, None]
     exact_log_probs, octavo_log_probs = _log_softmax(exact), _log_softmax(octavo)
     divergence = np.exp(exact_log_probs) * (exact_log_probs - octavo_log_probs)
     return Quality(
         num_tokens=targets.size,
-        num_single=len(texts) * num_single,
+        num_single=num_single,
         max_context=texts.shape[1] - 1,
         exact_perplexity=_perplexity(exact_log_probs, targets),
         octavo_perplexity=_perplexity(octavo_log_probs, targets),

@@ -145,8 +145,8 @@ class OctavoServiceServicer:
 
     def Append(self, request_iterator, context):
         """Appends K and V of prompts, without attention. Each message is one atomic entry for one layer, applied in the order
-        received. The call stops at the first message that is refused and ends with that error; the messages before it stay
-        stored (GetSession tells the lengths), and the client resumes there. A message repeated with the same step_key right
+        received. The call stops at the first message that is refused and ends with that error, whose details hold an
+        AppendResponse beside the ErrorInfo: the messages before it stay stored, and the client resumes there. A message repeated with the same step_key right
         after it was stored is a replay: nothing is written again.
         Errors: as for a step, and STREAM_LIMIT.
         """

@@ -114,7 +114,8 @@ class DecodeOutput(NamedTuple):
     """What attention returns.
 
     Attributes:
-        out: [total_tokens, num_q_heads, head_dim] in q's dtype.
+        out: [total_tokens, num_q_heads, head_dim] in q's dtype; float16 saturates at 65504, which V stored in a
+            wider dtype may exceed.
         lse: [total_tokens, num_q_heads] float32, or None when not asked for.
         offences: [num_entries] int64 packed `Offence` of q, or NO_OFFENCE.
     """
@@ -143,8 +144,12 @@ class StoredTokens(NamedTuple):
 class Backend(Protocol):
     """Paged INT8 layers and the operations over them.
 
-    Calls come from one thread at a time. Sessions past their lengths may hold anything; a backend reads no slot that
-    neither this batch nor an earlier one stored.
+    Calls come from one thread at a time. Sessions past their lengths may hold anything; a backend uses no slot that
+    neither this batch nor an earlier one stored, though it may read past kv_len within a tile.
+
+    In a `deterministic` model an entry is answered with the same bits whatever else is in the batch and however many
+    threads there are. The same tokens cut into other entries (8 tokens in one, or one in each of 8) may differ in the
+    last bits.
     """
 
     name: str

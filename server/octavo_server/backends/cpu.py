@@ -196,7 +196,7 @@ def available_isas() -> tuple[str, ...]:
 @functools.cache
 def _load_ops() -> Any:
     """Return torch.ops.octavo_cpu, building its library if need be; a process loads one, once."""
-    torch.ops.load_library(str(build_cpu_kernels()))  # type: ignore[no-untyped-call]
+    build_cpu_kernels()
     return torch.ops.octavo_cpu
 
 

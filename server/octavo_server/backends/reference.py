@@ -8,6 +8,7 @@ this one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from octavo_server.backends.host_memory import free_host_bytes
 from octavo_server.model import ModelSpec
 
 _IS_OVERFLOW = 1
+_LARGEST_HALF = torch.finfo(torch.float16).max
+_LARGEST_SCORE = torch.finfo(torch.float32).max  # so that lse stays finite as well
 
 
 class ReferenceBackend:
@@ -86,7 +89,7 @@ class ReferenceBackend:
             offences[entry_idx] = _pack(2, _first_offence(is_bad, torch.zeros_like(is_bad)))
             entry_out, entry_lse = _attend_entry(cache, batch, entry_idx, queries)
             with np.errstate(all="ignore"):  # an offending entry's rows may be anything
-                out[rows] = entry_out.numpy().astype(q.dtype)
+                out[rows] = _saturated(entry_out, q.dtype)
                 lse[rows] = entry_lse.numpy()
         return DecodeOutput(out, lse if return_lse else None, offences)
 
@@ -192,18 +195,27 @@ def _attend_entry(
     keys, values = _gather(cache, batch, entry_idx)
     q = queries.double().view(len(queries), spec.num_kv_heads, spec.group_size, spec.head_dim)
     scores = torch.einsum("nhgd,khd->nhgk", q, keys) * spec.sm_scale[layer_idx]
+    scores = scores.clamp(-_LARGEST_SCORE, _LARGEST_SCORE)
     if spec.soft_cap[layer_idx]:
         scores = spec.soft_cap[layer_idx] * torch.tanh(scores / spec.soft_cap[layer_idx])
     mask = _attended(batch, entry_idx, len(queries), spec.window[layer_idx])
     scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
-    lse = scores.logsumexp(dim=-1)
-    denominator = lse
+    peak = scores.amax(dim=-1)
+    weights = (scores - peak.unsqueeze(-1)).exp()
+    total = weights.sum(dim=-1)
+    lse = peak + total.log()
     if spec.sinks is not None:
         sinks = _to_torch(spec.sinks[layer_idx]).view(spec.num_kv_heads, spec.group_size)
-        denominator = torch.logaddexp(lse, sinks.double())
-    probs = (scores - denominator.unsqueeze(-1)).exp()
+        total = total + (sinks.double() - peak).exp()
+    probs = weights / total.unsqueeze(-1)
     out = torch.einsum("nhgk,khd->nhgd", probs, values)
     return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _saturated(out: torch.Tensor, dtype: np.dtype[Any]) -> HostArray:
+    """Return float64 values in `dtype`, of which float16 alone may be too small for them."""
+    bounded = out.clamp(-_LARGEST_HALF, _LARGEST_HALF) if dtype == np.float16 else out
+    return bounded.numpy().astype(dtype)
 
 
 def _gather(
