@@ -52,6 +52,8 @@ def channel_options(timeout: Timeout, retry: Retry) -> list[tuple[str, int]]:
         # A Decode stream has no deadline: pings notice that its server is gone, also while it is idle.
         ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        # Where gRPC times the ping itself, its own default would be a minute.
+        ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),
         # Attempts are counted by Retry; the channel must not make them wait longer.
         ("grpc.initial_reconnect_backoff_ms", _milliseconds(retry.initial_backoff_s)),
