@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,9 +18,6 @@ from octavo_server.model import BLOCK_SIZES, MAX_HEAD_DIM, ModelSpec
 
 HostArray = NDArray[Any]
 """A C-contiguous host array of float16, bfloat16 or float32."""
-
-IO_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
-"""Element types of q, k, v and out."""
 
 NO_OFFENCE = np.iinfo(np.int64).max
 """The offence of an entry whose rows are all finite and quantisable."""
