@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
+from io import FileIO
 from typing import Any
 
 import grpc
@@ -130,19 +130,13 @@ def run(config: ServerConfig) -> int:
     Raises:
         UnsupportedError: The config cannot be served on this machine.
     """
-    stopping = threading.Event()
-
-    def request_stop(signal_number: int, _frame: FrameType | None) -> None:
-        log.info("%s: finishing what is in flight", signal.Signals(signal_number).name)
-        stopping.set()
-
     server = Server(config)
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, request_stop)
+    signals = _watch_signals()
     port = server.start()
     # Scripts that start a server with --port 0 read this line.
     print(f"listening on {_join_host_port(config.host, port)}", flush=True)
-    stopping.wait()
+    (signal_number,) = signals.read(1)
+    log.info("%s: finishing what is in flight", signal.Signals(signal_number).name)
     if server.stop():
         log.info("stopped; everything accepted was finished")
         return 0
@@ -150,6 +144,20 @@ def run(config: ServerConfig) -> int:
         "stopped; work was left unfinished after drain_timeout_s, %g s", config.drain_timeout_s
     )
     return 1
+
+
+def _watch_signals() -> FileIO:
+    """Return a pipe that gets a byte, its number, for each SIGTERM or SIGINT from now on.
+
+    Python runs a signal's handler once the main thread comes back from what blocks it, and a signal that another thread
+    took, or that came just before, does not bring it back. A byte in a pipe does.
+    """
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    signal.set_wakeup_fd(write_fd)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda *_: None)
+    return FileIO(read_fd)
 
 
 def _alloc_pools(backend: Backend, models: tuple[ModelConfig, ...]) -> dict[str, ModelPool]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -78,6 +80,15 @@ def test_a_signal_finishes_what_is_in_flight(signal_number: signal.Signals) -> N
     assert f"{signal_number.name}: finishing what is in flight" in logs
     assert "model tiny: 256 blocks of 32 tokens hold 8,192 tokens in 2,162,688 bytes" in logs
     assert "where FP16 would hold 4,224 tokens" in logs
+
+
+def test_a_signal_that_another_thread_takes_stops_the_server() -> None:
+    """The kernel gives a process's signal to any of its threads; this one stays in a call that nothing else ends."""
+    with server_process("--backend", "reference") as (process, _):
+        threads = (int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir())
+        other = next(thread_id for thread_id in threads if thread_id != process.pid)
+        assert ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM) == 0
+        assert process.wait(WAIT_S) == 0
 
 
 def test_an_address_in_brackets_is_listened_on() -> None:
