@@ -11,9 +11,17 @@ from rich.console import Console
 from octavo_client.demo.display import show_phase, show_texts, show_waiting, text_panels
 
 
-def console_of(*, is_terminal: bool) -> tuple[Console, io.StringIO]:
+def console_of(*, is_terminal: bool, kind: str = "xterm") -> tuple[Console, io.StringIO]:
+    """Return a console, whatever terminal the tests run on, and what it writes to."""
     file = io.StringIO()
-    return Console(file=file, force_terminal=is_terminal, width=80, color_system=None), file
+    console = Console(
+        file=file,
+        force_terminal=is_terminal,
+        width=80,
+        color_system=None,
+        _environ={"TERM": kind},
+    )
+    return console, file
 
 
 def test_lines_come_at_once_and_then_in_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +63,18 @@ def test_texts_while_they_grow(is_terminal: bool) -> None:
     assert "he said [to] them" in file.getvalue()
     assert is_terminal == ("In the city" in file.getvalue())
     assert is_terminal or "decoding 2 at once: 12 of 30 tokens each" in file.getvalue()
+
+
+def test_a_dumb_terminal_gets_lines() -> None:
+    console, file = console_of(is_terminal=True, kind="dumb")
+    with show_waiting(console, "starting") as tell:
+        tell("compiling")
+    with show_phase(console, "scoring") as progress:
+        progress(7, 7)
+    with show_texts(console, ["In"], num_tokens=30) as show:
+        show(12, [" the city"])
+    assert "starting: 0 s, compiling\nscoring ...\n" in file.getvalue()
+    assert "decoding 1 at once: 12 of 30 tokens each" in file.getvalue()
 
 
 def test_panels_keep_the_end_and_no_control_characters() -> None:

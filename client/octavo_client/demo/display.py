@@ -44,7 +44,7 @@ class PlainLines:
 def show_phase(console: Console, title: str) -> Iterator[Update]:
     """Show how far a phase is, and how long it took."""
     started = time.monotonic()
-    if console.is_terminal:
+    if _can_redraw(console):
         with _bar(console) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -53,6 +53,11 @@ def show_phase(console: Console, title: str) -> Iterator[Update]:
         lines.offer(f"{title} ...")
         yield lambda done, total: lines.offer(f"{title}: {done:,} of {total:,}")
         console.print(f"{title}: done in {time.monotonic() - started:.1f} s", highlight=False)
+
+
+def _can_redraw(console: Console) -> bool:
+    """Whether lines can be drawn over, which a terminal that calls itself dumb cannot."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _bar(console: Console) -> Progress:
@@ -78,7 +83,7 @@ def show_waiting(console: Console, title: str) -> Iterator[Callable[[str], None]
         elapsed = f"{title}: {time.monotonic() - started:.0f} s"
         return f"{elapsed}, {news}"[: console.width - 2] if news else elapsed
 
-    if console.is_terminal:
+    if _can_redraw(console):
         with console.status(title) as status:
             yield lambda news: status.update(escape(line(news)))
     else:
@@ -95,7 +100,7 @@ def show_texts(
     Yields:
         What to call with the tokens drawn for each text, and every text's continuation so far.
     """
-    if console.is_terminal:
+    if _can_redraw(console):
         with Live(console=console, refresh_per_second=REFRESHES_PER_S, transient=True) as live:
             tail = PANEL_LINES * (console.width - _BORDER_COLUMNS)
             yield lambda _drawn, texts: live.update(text_panels(prompts, texts, tail))
