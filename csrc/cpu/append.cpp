@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "batch_checks.h"
-#include "half.h"
+#include "octavo/batch_checks.h"
 #include "octavo/cpu_ops.h"
+#include "octavo/half.h"
 #include "octavo/offence.h"
 #include "runtime.h"
 

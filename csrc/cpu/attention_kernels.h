@@ -11,8 +11,8 @@
 #ifndef OCTAVO_CPU_ATTENTION_KERNELS_H_
 #define OCTAVO_CPU_ATTENTION_KERNELS_H_
 
-#include "half.h"
 #include "isa.h"
+#include "octavo/half.h"
 
 namespace octavo::cpu {
 namespace {

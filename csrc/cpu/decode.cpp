@@ -12,9 +12,9 @@
 #include <limits>
 #include <new>
 
-#include "batch_checks.h"
-#include "half.h"
+#include "octavo/batch_checks.h"
 #include "octavo/cpu_ops.h"
+#include "octavo/half.h"
 #include "octavo/offence.h"
 #include "runtime.h"
 

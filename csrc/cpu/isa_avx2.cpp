@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "half.h"
+#include "octavo/half.h"
 #include "octavo/paged_cache.h"
 
 #pragma GCC push_options

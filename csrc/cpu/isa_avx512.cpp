@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "half.h"
+#include "octavo/half.h"
 #include "octavo/paged_cache.h"
 
 #pragma GCC push_options

@@ -7,7 +7,7 @@
 #ifndef OCTAVO_CPU_ROW_KERNELS_H_
 #define OCTAVO_CPU_ROW_KERNELS_H_
 
-#include "half.h"
+#include "octavo/half.h"
 #include "octavo/paged_cache.h"
 
 namespace octavo::cpu {

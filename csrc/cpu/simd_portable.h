@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "half.h"
+#include "octavo/half.h"
 
 namespace octavo::cpu {
 namespace {

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "octavo/host_device.h"
+
 namespace octavo {
 
 inline constexpr int64_t kNoOffence = INT64_MAX;
@@ -13,7 +15,8 @@ inline constexpr int64_t kNoOffence = INT64_MAX;
 enum class OffenceField : int64_t { kK = 0, kV = 1, kQ = 2 };
 enum class OffenceKind : int64_t { kNonFinite = 0, kScaleOverflow = 1 };
 
-inline int64_t PackOffence(OffenceField field, int64_t token, int64_t head, OffenceKind kind) {
+OCTAVO_HOST_DEVICE inline int64_t PackOffence(OffenceField field, int64_t token, int64_t head,
+                                              OffenceKind kind) {
   return static_cast<int64_t>(field) << 60 | token << 24 | head << 8 | static_cast<int64_t>(kind);
 }
 

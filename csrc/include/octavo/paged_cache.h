@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "octavo/host_device.h"
+
 namespace octavo {
 
 inline constexpr int kMaxHeadDim = 256;
@@ -17,13 +19,15 @@ inline constexpr int kMinBlockSize = 16;  // block_size is 16, 32, 64 or 128
 enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 // Bytes of one element.
-inline int64_t ElementBytes(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
+OCTAVO_HOST_DEVICE inline int64_t ElementBytes(DataType dtype) {
+  return dtype == DataType::kFloat32 ? 4 : 2;
+}
 
 // One layer's pool. Blocks are head-major, so that a (block, kv head) is one contiguous run of
-// bytes. K runs along the slots: lanes are tokens, and a score needs no sum across lanes. V runs
-// along head_dim: lanes are output elements.
+// bytes, a tile. V runs along head_dim. The cpu's K runs along the slots: its lanes are tokens, and
+// a score needs no sum across lanes. CUDA's K runs along head_dim like V.
 struct PagedInt8Layer {
-  int8_t* k_codes;     // [num_blocks, num_kv_heads, head_dim, block_size]
+  int8_t* k_codes;     // [num_blocks, num_kv_heads, tile]
   int8_t* v_codes;     // [num_blocks, num_kv_heads, block_size, head_dim]
   uint16_t* k_scales;  // [num_blocks, num_kv_heads, block_size] float16 bits
   uint16_t* v_scales;  // [num_blocks, num_kv_heads, block_size] float16 bits
@@ -39,7 +43,7 @@ struct LayerOptions {
 
 // One kv head of one block.
 struct KvTile {
-  int8_t* k_codes;     // [head_dim, block_size]
+  int8_t* k_codes;     // [head_dim, block_size] on the cpu, [block_size, head_dim] on CUDA
   int8_t* v_codes;     // [block_size, head_dim]
   uint16_t* k_scales;  // [block_size] float16 bits
   uint16_t* v_scales;  // [block_size] float16 bits
@@ -58,10 +62,11 @@ struct PagedInt8Cache {
   const LayerOptions* options;   // [num_layers]
 
   // Query heads that share one kv head.
-  int32_t GroupSize() const { return num_q_heads / num_kv_heads; }
+  OCTAVO_HOST_DEVICE int32_t GroupSize() const { return num_q_heads / num_kv_heads; }
 
   // All address arithmetic of the pools.
-  KvTile Tile(const PagedInt8Layer& layer, int64_t block_id, int64_t kv_head) const {
+  OCTAVO_HOST_DEVICE KvTile Tile(const PagedInt8Layer& layer, int64_t block_id,
+                                 int64_t kv_head) const {
     const int64_t first_slot = (block_id * num_kv_heads + kv_head) * block_size;
     return {layer.k_codes + first_slot * head_dim, layer.v_codes + first_slot * head_dim,
             layer.k_scales + first_slot, layer.v_scales + first_slot};
@@ -81,9 +86,11 @@ struct RaggedBatch {
   const int32_t* block_tables;  // [num_entries, max_num_blocks] block ids
   const int64_t* slot_mapping;  // [total_tokens] block_id * block_size + offset, -1 = do not store
 
-  int32_t NumTokens(int32_t entry) const { return token_starts[entry + 1] - token_starts[entry]; }
-  int32_t TotalTokens() const { return token_starts[num_entries]; }
-  const int32_t* BlockTable(int32_t entry) const {
+  OCTAVO_HOST_DEVICE int32_t NumTokens(int32_t entry) const {
+    return token_starts[entry + 1] - token_starts[entry];
+  }
+  OCTAVO_HOST_DEVICE int32_t TotalTokens() const { return token_starts[num_entries]; }
+  OCTAVO_HOST_DEVICE const int32_t* BlockTable(int32_t entry) const {
     return block_tables + static_cast<int64_t>(entry) * max_num_blocks;
   }
 };

@@ -1,35 +1,37 @@
-// Scalar conversions of FP16 and BF16, shared by every instruction set.
+// Scalar conversions of FP16 and BF16, the same bits wherever they run.
 
-#ifndef OCTAVO_CPU_HALF_H_
-#define OCTAVO_CPU_HALF_H_
+#ifndef OCTAVO_HALF_H_
+#define OCTAVO_HALF_H_
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-namespace octavo::cpu {
+#include "octavo/host_device.h"
+
+namespace octavo {
 
 inline constexpr uint32_t kFloatInfBits = 0x7f800000;
 inline constexpr uint16_t kHalfInfBits = 0x7c00;
 inline constexpr float kLargestHalf = 65504.0f;
 
-inline uint32_t FloatBits(float x) {
+OCTAVO_HOST_DEVICE inline uint32_t FloatBits(float x) {
   uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
+  memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
 
-inline float BitsFloat(uint32_t bits) {
+OCTAVO_HOST_DEVICE inline float BitsFloat(uint32_t bits) {
   float x;
-  std::memcpy(&x, &bits, sizeof(x));
+  memcpy(&x, &bits, sizeof(x));
   return x;
 }
 
 // Rounds x > 0, finite, up to FP16; above 65504 to infinity. Never returns zero.
-inline uint16_t RoundUpToHalf(float x) {
+OCTAVO_HOST_DEVICE inline uint16_t RoundUpToHalf(float x) {
   constexpr float kSmallestNormal = 0x1p-14f;
   if (x < kSmallestNormal) {
-    const auto steps = static_cast<uint16_t>(std::ceil(x * 0x1p24f));  // exact product
+    const auto steps = static_cast<uint16_t>(ceilf(x * 0x1p24f));  // exact product
     return steps == 0 ? 1 : steps;
   }
   // Rebias the exponent, then let the 13 bits that FP16 drops carry into the last one kept.
@@ -70,6 +72,6 @@ inline uint16_t FloatToBfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-}  // namespace octavo::cpu
+}  // namespace octavo
 
-#endif  // OCTAVO_CPU_HALF_H_
+#endif  // OCTAVO_HALF_H_

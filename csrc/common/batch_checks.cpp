@@ -1,8 +1,8 @@
-#include "batch_checks.h"
+#include "octavo/batch_checks.h"
 
 #include <algorithm>
 
-namespace octavo::cpu {
+namespace octavo {
 namespace {
 
 Status CheckTokenStarts(const RaggedBatch& batch) {
@@ -61,10 +61,6 @@ Status CheckAppendBatch(const PagedInt8Cache& cache, const RaggedBatch& batch) {
 Status CheckDecodeBatch(const PagedInt8Cache& cache, const RaggedBatch& batch) {
   return CheckBatch(cache, batch, CheckContext);
 }
-
-}  // namespace octavo::cpu
-
-namespace octavo {
 
 const char* StatusMessage(Status status) {
   switch (status) {
