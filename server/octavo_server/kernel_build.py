@@ -1,6 +1,6 @@
-"""Builds the C++ kernels on first use, and finds them again by the content that they were built from.
+"""Builds the kernels on first use, and finds them again by the content that they were built from.
 
-A build lives in `<cache>/kernels/<hash of sources, flags and torch>-<hash of the compiler>`, where
+A build lives in `<cache>/kernels/<hash of sources and flags>-<hash of the compiler>`, where
 `<cache>` is $OCTAVO_CACHE_DIR, else $XDG_CACHE_HOME/octavo, else ~/.cache/octavo. A library is
 compiled elsewhere and renamed into place, under a lock, with its digest beside it; one that does not
 have that digest (any more) is built again.
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from octavo_server.backends.base import UnsupportedError
 log = logging.getLogger(__name__)
 
 CPU_LIBRARY = "octavo_cpu"
-"""Name of the CPU library and of its torch.ops namespace."""
+"""Name of the cpu library and of its torch.ops namespace."""
 
 CFLAGS = ("-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra")
 """No fast-math, and no contraction: both would change stored codes."""
@@ -37,13 +38,37 @@ CFLAGS = ("-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra")
 _LOG_NAME = "build.log"
 _SCRATCH_PREFIX = "build-"
 _NUM_TAIL_LINES = 20
-_SOURCE_SUFFIXES = (".h", ".cpp")
+_COMPILED_SUFFIXES = (".cpp", ".cu")
+_SOURCE_SUFFIXES = (".h", *_COMPILED_SUFFIXES)
 
 Compile = Callable[[Sequence[Path], Path, bool], Path]
 """Compiles sources in a directory and returns the library; the last argument: whether to show it all.
 
 Raises RuntimeError with the compiler's output.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one backend's library is made.
+
+    Attributes:
+        backend: Whose kernels they are.
+        library: Name of the library, without its suffix.
+        folders: Folders of csrc that it is made of.
+        flags: What a build depends on besides the sources and the compiler.
+        compiler: Name and version of the compiler; None where there is none.
+        no_compiler: What to say then.
+        compile: Compiles.
+    """
+
+    backend: str
+    library: str
+    folders: tuple[str, ...]
+    flags: tuple[str, ...]
+    compiler: str | None
+    no_compiler: str
+    compile: Compile
 
 
 def find_csrc() -> Path:
@@ -60,7 +85,7 @@ def find_csrc() -> Path:
 
 
 def build_cpu_kernels(verbose: bool = False) -> Path:
-    """Return the CPU library, loaded, and built now unless it was before.
+    """Return the cpu library, loaded, and built now unless it was before.
 
     Args:
         verbose: Show the compiler's commands and output.
@@ -69,9 +94,30 @@ def build_cpu_kernels(verbose: bool = False) -> Path:
         UnsupportedError: There is no compiler that will do or no ninja, the compiler failed, or the
             library cannot be kept or loaded.
     """
-    library = build_library(find_csrc(), cache_directory(), compile_with_torch, verbose=verbose)
+    recipe = cpu_recipe(compile_with_torch)
+    library = build_library(recipe, find_csrc(), cache_directory(), verbose=verbose)
     load_library(library)
     return library
+
+
+def cpu_recipe(compile_: Compile) -> Recipe:
+    """Return how the cpu library is made here, by `compile_`.
+
+    Raises:
+        UnsupportedError: The compiler cannot be one of ours.
+    """
+    return Recipe(
+        backend="cpu",
+        library=CPU_LIBRARY,
+        folders=("bindings", "common", "cpu", "include"),
+        flags=(*CFLAGS, torch.__version__, platform.machine()),
+        compiler=compiler_version(),
+        no_compiler=(
+            f"no C++ compiler {_compiler()!r}: install one (Debian and Ubuntu: apt-get install g++), "
+            "or name yours in CXX"
+        ),
+        compile=compile_,
+    )
 
 
 def load_library(library: Path) -> None:
@@ -83,11 +129,16 @@ def load_library(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise UnsupportedError(
-            f"the cpu backend cannot load its kernels from {library.parent}: "
-            f"{error.__cause__ or error}; delete that directory, or set OCTAVO_CACHE_DIR to one that "
-            "programs can be run from"
-        ) from error
+        raise UnsupportedError(load_error_text("cpu", library, error)) from error
+
+
+def load_error_text(backend: str, library: Path, error: OSError) -> str:
+    """Return why a library cannot be loaded, and what to do."""
+    return (
+        f"the {backend} backend cannot load its kernels from {library.parent}: "
+        f"{error.__cause__ or error}; delete that directory, or set OCTAVO_CACHE_DIR to one that "
+        "programs can be run from"
+    )
 
 
 def cache_directory() -> Path:
@@ -98,25 +149,28 @@ def cache_directory() -> Path:
     return Path(home) / "octavo" / "kernels"
 
 
-def build_library(csrc: Path, cache: Path, compile_: Compile, *, verbose: bool) -> Path:
-    """Return the library of the sources under `csrc`, built with `compile_` unless it is cached.
+def build_library(recipe: Recipe, csrc: Path, cache: Path, *, verbose: bool) -> Path:
+    """Return a recipe's library of the sources under `csrc`, built now unless it is cached.
 
     Args:
-        csrc: Sources; all of them count for the hash, the .cpp files are compiled.
+        recipe: How it is made.
+        csrc: Sources; those in the recipe's folders count.
         cache: Where builds are kept.
-        compile_: The compiler.
-        verbose: Passed on to it.
+        verbose: Passed on to the compiler.
+
+    Raises:
+        UnsupportedError: It is not cached, and there is no compiler, the compiler failed, or the
+            library cannot be kept.
     """
-    content = content_hash(csrc)
-    compiler = compiler_version()
-    if compiler is None:
-        return _any_build(cache, content)
-    library = cache / f"{content}-{_short_hash([compiler])}" / f"{CPU_LIBRARY}.so"
+    content = content_hash(recipe, csrc)
+    if recipe.compiler is None:
+        return _any_build(recipe, cache, content)
+    library = cache / f"{content}-{_short_hash([recipe.compiler])}" / f"{recipe.library}.so"
     if is_intact(library):
         return library
-    with _locked(library.parent):
+    with _locked(recipe, library.parent):
         if not is_intact(library):  # another process may have built it meanwhile
-            _build(csrc, library, compile_, verbose=verbose)
+            _build(recipe, csrc, library, verbose=verbose)
     return library
 
 
@@ -128,10 +182,10 @@ def is_intact(library: Path) -> bool:
         return False
 
 
-def content_hash(csrc: Path) -> str:
+def content_hash(recipe: Recipe, csrc: Path) -> str:
     """Return a short hash of everything but the compiler that a build depends on."""
-    parts = [*CFLAGS, torch.__version__, platform.machine()]
-    for path in _sources(csrc):
+    parts = [*recipe.flags]
+    for path in _sources(recipe, csrc):
         parts += [str(path.relative_to(csrc)), path.read_text()]
     return _short_hash(parts)
 
@@ -164,8 +218,9 @@ def _compiler() -> str:
     return os.environ.get("CXX") or "c++"
 
 
-def _sources(csrc: Path) -> list[Path]:
-    return sorted(path for path in csrc.rglob("*") if path.suffix in _SOURCE_SUFFIXES)
+def _sources(recipe: Recipe, csrc: Path) -> list[Path]:
+    paths = (path for folder in recipe.folders for path in (csrc / folder).rglob("*"))
+    return sorted(path for path in paths if path.suffix in _SOURCE_SUFFIXES)
 
 
 def _short_hash(parts: Sequence[str]) -> str:
@@ -180,48 +235,49 @@ def _digest_path(library: Path) -> Path:
     return library.with_suffix(".sha256")
 
 
-def _any_build(cache: Path, content: str) -> Path:
+def _any_build(recipe: Recipe, cache: Path, content: str) -> Path:
     """Return a build of this content by any compiler: an image may carry it and no compiler."""
-    for library in sorted(cache.glob(f"{content}-*/{CPU_LIBRARY}.so")):
+    for library in sorted(cache.glob(f"{content}-*/{recipe.library}.so")):
         if is_intact(library):
             return library
     raise UnsupportedError(
-        f"the cpu backend compiles its kernels on first use and found no C++ compiler "
-        f"{_compiler()!r}: install one (Debian and Ubuntu: apt-get install g++), or name yours in "
-        f"CXX"
+        f"the {recipe.backend} backend compiles its kernels on first use and found {recipe.no_compiler}"
     )
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(recipe: Recipe, directory: Path) -> Iterator[None]:
     """Make a directory and hold its lock, which the kernel drops when this process dies."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / "lock").open("w")
     except OSError as error:
-        raise UnsupportedError(_cache_text(directory, error)) from error
+        raise UnsupportedError(_cache_text(recipe, directory, error)) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _build(csrc: Path, library: Path, compile_: Compile, *, verbose: bool) -> None:
+def _build(recipe: Recipe, csrc: Path, library: Path, *, verbose: bool) -> None:
     """Compile in a scratch directory and move the library into its place; the lock is held."""
-    log.info("compiling the CPU kernels for this machine: about a minute, once")
+    log.info("compiling the %s kernels for this machine: about a minute, once", recipe.backend)
     start_s = time.monotonic()
-    sources = [path for path in _sources(csrc) if path.suffix == ".cpp"]
+    sources = [path for path in _sources(recipe, csrc) if path.suffix in _COMPILED_SUFFIXES]
     try:
         for stale in library.parent.glob(f"{_SCRATCH_PREFIX}*"):  # of a process that was killed
             shutil.rmtree(stale)
         with tempfile.TemporaryDirectory(prefix=_SCRATCH_PREFIX, dir=library.parent) as scratch:
-            _keep(compile_(sources, Path(scratch), verbose), library)
+            _keep(recipe.compile(sources, Path(scratch), verbose), library)
     except RuntimeError as error:
-        raise UnsupportedError(_failure_text(str(error), library.parent / _LOG_NAME)) from error
+        log_path = library.parent / _LOG_NAME
+        raise UnsupportedError(_failure_text(recipe, str(error), log_path)) from error
     except ImportError as error:
-        raise UnsupportedError(f"compiling the CPU kernels failed: {error}; install it") from error
+        text = f"compiling the {recipe.backend} kernels failed: {error}; install it"
+        raise UnsupportedError(text) from error
     except OSError as error:
-        raise UnsupportedError(_cache_text(library.parent, error)) from error
-    log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - start_s, library)
+        raise UnsupportedError(_cache_text(recipe, library.parent, error)) from error
+    duration_s = time.monotonic() - start_s
+    log.info("compiled the %s kernels in %.0f s: %s", recipe.backend, duration_s, library)
 
 
 def _keep(compiled: Path, library: Path) -> None:
@@ -234,20 +290,22 @@ def _keep(compiled: Path, library: Path) -> None:
         path.rename(target)
 
 
-def _failure_text(output: str, log_path: Path) -> str:
+def _failure_text(recipe: Recipe, output: str, log_path: Path) -> str:
     """Return the end of the compiler's output, once all of it is in a file if there is room."""
     tail = "\n".join(output.splitlines()[-_NUM_TAIL_LINES:])
+    failed = f"compiling the {recipe.backend} kernels failed"
     try:
         log_path.write_text(output)
     except OSError as error:
-        return f"compiling the CPU kernels failed ({log_path}: {error}), the end is:\n{tail}"
-    return f"compiling the CPU kernels failed; all of it is in {log_path}, the end is:\n{tail}"
+        return f"{failed} ({log_path}: {error}), the end is:\n{tail}"
+    return f"{failed}; all of it is in {log_path}, the end is:\n{tail}"
 
 
-def _cache_text(directory: Path, error: OSError) -> str:
+def _cache_text(recipe: Recipe, directory: Path, error: OSError) -> str:
     return (
-        f"the cpu backend cannot keep its kernels in {directory}: {error.__cause__ or error}; set "
-        "OCTAVO_CACHE_DIR to a directory that can be written and that programs can be run from"
+        f"the {recipe.backend} backend cannot keep its kernels in {directory}: "
+        f"{error.__cause__ or error}; set OCTAVO_CACHE_DIR to a directory that can be written and "
+        "that programs can be run from"
     )
 
 
@@ -273,18 +331,28 @@ def compile_with_torch(sources: Sequence[Path], directory: Path, verbose: bool) 
 def _build_environment() -> Iterator[None]:
     """Let torch find the compiler, and this environment's ninja where its bin is not on PATH."""
     path, compiler = os.environ.get("PATH", ""), os.environ.get("CXX")
-    here = str(Path(sys.executable).parent)
-    os.environ["PATH"] = os.pathsep.join([path, here])
+    os.environ["PATH"] = path_with_ninja("cpu")
     os.environ["CXX"] = _compiler()  # torch would take an empty one as it is
     try:
-        if shutil.which("ninja") is None:
-            raise UnsupportedError(
-                "the cpu backend compiles its kernels on first use and found no ninja: install it "
-                "(pip install ninja, or on Debian and Ubuntu: apt-get install ninja-build)"
-            )
         yield
     finally:
         os.environ["PATH"] = path
         del os.environ["CXX"]
         if compiler is not None:
             os.environ["CXX"] = compiler
+
+
+def path_with_ninja(backend: str) -> str:
+    """Return PATH, and this environment's bin behind it; ninja is on it.
+
+    Raises:
+        UnsupportedError: It is not.
+    """
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join([os.environ.get("PATH", ""), here])
+    if shutil.which("ninja", path=path) is None:
+        raise UnsupportedError(
+            f"the {backend} backend compiles its kernels on first use and found no ninja: install it "
+            "(pip install ninja, or on Debian and Ubuntu: apt-get install ninja-build)"
+        )
+    return path
