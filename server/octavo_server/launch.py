@@ -5,19 +5,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo_server import errors
 from octavo_server.backends.base import (
-    NO_OFFENCE,
     Backend,
     HostArray,
     Offence,
     PagedInt8Cache,
     RaggedBatch,
+    StepOutput,
 )
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.session import Admission, AppendRecord, Session
@@ -92,21 +92,7 @@ def _admit_entry(request: StepRequest, session: Session | None, entry_idx: int) 
     return entry
 
 
-class Outcome(NamedTuple):
-    """What the backend made of a launch.
-
-    Attributes:
-        out: [total_tokens, num_q_heads, head_dim], or None when nothing attended.
-        lse: [total_tokens, num_q_heads] float32, or None when nobody asked.
-        offences: [num_entries] packed first offence of each entry.
-    """
-
-    out: HostArray | None
-    lse: NDArray[np.float32] | None
-    offences: NDArray[np.int64]
-
-
-NOTHING_RAN = Outcome(None, None, np.empty(0, np.int64))
+NOTHING_RAN = StepOutput(None, None, np.empty(0, np.int64))
 """The outcome when no entry names an open session."""
 
 
@@ -116,31 +102,30 @@ def run_launch(
     requests: Sequence[StepRequest],
     entries: Sequence[LaunchEntry],
     batch: RaggedBatch,
-) -> Outcome:
-    """Run the backend's operations over a batch: copy shared blocks, append, attend; each only where it has a use."""
-    offences = np.full(len(entries), NO_OFFENCE, np.int64)
+) -> StepOutput:
+    """Run a batch on the backend: copy shared blocks, append, attend; each only where it has a use."""
     copies = [copy for entry in entries for copy in entry.admission.copies]
     if copies:
         backend.copy_blocks(cache, copies)
+    q = None if all(entry.error for entry in entries) else _joined(requests, "q")
+    kv = None
     if any(entry.admission.is_append for entry in entries):
-        k, v = (_joined([getattr(request, name) for request in requests]) for name in "kv")
-        offences = backend.int8_kv_append_paged(cache, batch, k, v)
-    if requests[0].q is None or all(entry.error for entry in entries):
-        return Outcome(None, None, offences)
-    q = _joined([request.q for request in requests if request.q is not None])
+        k, v = _joined(requests, "k"), _joined(requests, "v")
+        assert k is not None
+        assert v is not None, "a step that appends has both"
+        kv = k, v
     return_lse = any(request.return_lse for request in requests)
-    decoded = backend.int8_paged_decode_attention(cache, batch, q, return_lse=return_lse)
-    return Outcome(decoded.out, decoded.lse, np.minimum(offences, decoded.offences))
+    return backend.step(cache, batch, q, kv, return_lse=return_lse)
 
 
-def settle(entries: Sequence[LaunchEntry], outcome: Outcome) -> None:
+def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> None:
     """Confirm or refuse every entry."""
     for entry, code in zip(entries, outcome.offences.tolist(), strict=True):
         entry.settle(Offence.unpack(code))
 
 
 def answer_step(
-    request: StepRequest, entries: Sequence[LaunchEntry], outcome: Outcome, first_row: int
+    request: StepRequest, entries: Sequence[LaunchEntry], outcome: StepOutput, first_row: int
 ) -> StepAnswer:
     """Cut one step's answer out of a launch: its rows, with zeros where an entry was refused."""
     answer = StepAnswer(entry_errors={i: e.error for i, e in enumerate(entries) if e.error})
@@ -220,9 +205,12 @@ def map_slots(
     return slots
 
 
-def _joined(tensors: Sequence[HostArray]) -> HostArray:
-    """Join the steps' tensors on the token axis; a launch of one step is not copied."""
-    return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+def _joined(requests: Sequence[StepRequest], name: str) -> HostArray | None:
+    """Join the steps' tensors on the token axis; all have it or none does. That of one step is not copied."""
+    tensors = [request.tensors[name] for request in requests if name in request.tensors]
+    if len(tensors) <= 1:
+        return tensors[0] if tensors else None
+    return np.concatenate(tensors)
 
 
 def _block_table(entry: LaunchEntry) -> array[int]:

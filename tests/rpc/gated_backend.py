@@ -9,7 +9,7 @@ from octavo_server.backends.base import Backend
 
 
 class GatedBackend:
-    """Passes everything on to `inner`; appends and attention wait while the gate is shut.
+    """Passes everything on to `inner`; steps wait while the gate is shut.
 
     Attributes:
         is_running: Set once a launch has arrived at the shut gate.
@@ -32,15 +32,10 @@ class GatedBackend:
         """Let launches through."""
         self._may_run.set()
 
-    def int8_kv_append_paged(self, *args: Any, **kwargs: Any) -> Any:
-        """Append once the gate is open."""
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a step once the gate is open."""
         self._pass_gate()
-        return self._inner.int8_kv_append_paged(*args, **kwargs)
-
-    def int8_paged_decode_attention(self, *args: Any, **kwargs: Any) -> Any:
-        """Attend once the gate is open."""
-        self._pass_gate()
-        return self._inner.int8_paged_decode_attention(*args, **kwargs)
+        return self._inner.step(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

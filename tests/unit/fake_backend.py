@@ -15,7 +15,9 @@ from octavo_server.backends.base import (
     PagedInt8Cache,
     PagedInt8Layer,
     RaggedBatch,
+    StepOutput,
     StoredTokens,
+    composed_step,
 )
 from octavo_server.model import ModelSpec
 
@@ -83,6 +85,18 @@ class FakeBackend:
         out = q + kv_lens[:, None, None].astype(q.dtype)
         lse = np.zeros(q.shape[:2], np.float32) if return_lse else None
         return DecodeOutput(out, lse, np.full(batch.num_entries, NO_OFFENCE, np.int64))
+
+    def step(
+        self,
+        cache: PagedInt8Cache,
+        batch: RaggedBatch,
+        q: HostArray | None,
+        kv: tuple[HostArray, HostArray] | None,
+        *,
+        return_lse: bool,
+    ) -> StepOutput:
+        """Append and attend, one after the other."""
+        return composed_step(self, cache, batch, q, kv, return_lse=return_lse)
 
     def copy_blocks(self, cache: PagedInt8Cache, copies: Sequence[tuple[int, int]]) -> None:
         """Record the copies."""

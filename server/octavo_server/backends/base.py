@@ -1,6 +1,7 @@
 """The backend interface: three operations over paged INT8 layers, batched and ragged.
 
-A step is `int8_kv_append_paged` followed by `int8_paged_decode_attention` on the same `RaggedBatch`. Arrays that
+A step is `int8_kv_append_paged` followed by `int8_paged_decode_attention` on the same `RaggedBatch`, which a backend
+may run as one. Arrays that
 cross this interface are host arrays (numpy; bfloat16 as `ml_dtypes.bfloat16`); where the pool lives, and in which
 layout, is the backend's own business.
 """
@@ -121,6 +122,20 @@ class DecodeOutput(NamedTuple):
     offences: NDArray[np.int64]
 
 
+class StepOutput(NamedTuple):
+    """What a step returns: `DecodeOutput` where it attended, without `out` and `lse` where it did not.
+
+    Attributes:
+        out: [total_tokens, num_q_heads, head_dim] in q's dtype, or None.
+        lse: [total_tokens, num_q_heads] float32, or None.
+        offences: [num_entries] int64 packed first `Offence` of k, v and q, or NO_OFFENCE.
+    """
+
+    out: HostArray | None
+    lse: NDArray[np.float32] | None
+    offences: NDArray[np.int64]
+
+
 class StoredTokens(NamedTuple):
     """Cached tokens as they are stored, in one layout whatever the backend's.
 
@@ -200,6 +215,25 @@ class Backend(Protocol):
             return_lse: Whether to return the log-sum-exp.
         """
 
+    def step(
+        self,
+        cache: PagedInt8Cache,
+        batch: RaggedBatch,
+        q: HostArray | None,
+        kv: tuple[HostArray, HostArray] | None,
+        *,
+        return_lse: bool,
+    ) -> StepOutput:
+        """Append k and v where they are given, then attend where q is: the two operations, or what equals them.
+
+        Args:
+            cache: The model's cache.
+            batch: The launch.
+            q: As for `int8_paged_decode_attention`.
+            kv: k and v as for `int8_kv_append_paged`.
+            return_lse: Whether to return the log-sum-exp.
+        """
+
     def copy_blocks(self, cache: PagedInt8Cache, copies: Sequence[tuple[int, int]]) -> None:
         """Copy block `source` to block `target` in every layer, for each (source, target)."""
 
@@ -213,6 +247,25 @@ class Backend(Protocol):
             layer: 0-based layer.
             slots: [num_tokens] int64 `block_id * block_size + offset`, each stored before.
         """
+
+
+def composed_step(
+    backend: Backend,
+    cache: PagedInt8Cache,
+    batch: RaggedBatch,
+    q: HostArray | None,
+    kv: tuple[HostArray, HostArray] | None,
+    *,
+    return_lse: bool,
+) -> StepOutput:
+    """Run `Backend.step` as its two operations, one after the other."""
+    offences = np.full(batch.num_entries, NO_OFFENCE, np.int64)
+    if kv is not None:
+        offences = backend.int8_kv_append_paged(cache, batch, *kv)
+    if q is None:
+        return StepOutput(None, None, offences)
+    decoded = backend.int8_paged_decode_attention(cache, batch, q, return_lse=return_lse)
+    return StepOutput(decoded.out, decoded.lse, np.minimum(offences, decoded.offences))
 
 
 def check_shape(spec: ModelSpec) -> None:

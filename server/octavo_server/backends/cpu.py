@@ -22,10 +22,12 @@ from octavo_server.backends.base import (
     PagedInt8Cache,
     PagedInt8Layer,
     RaggedBatch,
+    StepOutput,
     StoredTokens,
     UnsupportedError,
     check_layer_fits,
     check_shape,
+    composed_step,
 )
 from octavo_server.backends.host_memory import free_host_bytes
 from octavo_server.kernel_build import build_cpu_kernels
@@ -137,6 +139,18 @@ class CpuBackend:
             torch.from_numpy(offences),
         )
         return DecodeOutput(out, lse, offences)
+
+    def step(
+        self,
+        cache: PagedInt8Cache,
+        batch: RaggedBatch,
+        q: HostArray | None,
+        kv: tuple[HostArray, HostArray] | None,
+        *,
+        return_lse: bool,
+    ) -> StepOutput:
+        """Append and attend, one after the other."""
+        return composed_step(self, cache, batch, q, kv, return_lse=return_lse)
 
     def copy_blocks(self, cache: PagedInt8Cache, copies: Sequence[tuple[int, int]]) -> None:
         """Copy block `source` to block `target` in every layer, for each (source, target)."""
