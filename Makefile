@@ -14,7 +14,7 @@ DEMO_STAMP := $(VENV)/installed-demo
 DEV_STAMP := $(VENV)/installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
-CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 define CHECK_PYTHON
 import sys

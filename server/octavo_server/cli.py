@@ -58,12 +58,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"octavo {software_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
-    build = commands.add_parser("build", help="compile the kernels now rather than on first use")
-    build.add_argument("--verbose", action="store_true", help="show the compiler's output")
-    build.set_defaults(run=_build)
+    _add_build(commands)
     example = commands.add_parser("example-config", help="print a commented configuration")
     example.set_defaults(run=_print_example)
     return parser
+
+
+def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    build = commands.add_parser("build", help="compile the kernels now rather than on first use")
+    build.add_argument("--verbose", action="store_true", help="show the compiler's output")
+    build.add_argument(
+        "--cuda-arch",
+        metavar="ARCHS",
+        help="also compile the cuda kernels, which takes nvcc but no GPU, for these compute capabilities times "
+        'ten, such as 80,90; "all" = 80,86,89,90,100,120',
+    )
+    build.set_defaults(run=_build)
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -122,9 +132,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     setup_logs("info")
+    from octavo_server.cuda_build import build_cuda_kernels, parse_archs  # noqa: PLC0415
     from octavo_server.kernel_build import build_cpu_kernels  # noqa: PLC0415
 
+    archs = None if args.cuda_arch is None else parse_archs(args.cuda_arch)
     print(build_cpu_kernels(verbose=args.verbose))
+    if archs is not None:
+        print(build_cuda_kernels(archs, verbose=args.verbose))
     return 0
 
 

@@ -36,7 +36,10 @@ CARRIED = (
     "octavo_server/py.typed",
     "octavo_server/octavo.example.yaml",
     "octavo_server/csrc/bindings",
+    "octavo_server/csrc/common/batch_checks.cpp",
     "octavo_server/csrc/cpu",
+    "octavo_server/csrc/cuda/decode.cu",
+    "octavo_server/csrc/cuda/plan.cpp",
     "octavo_server/csrc/include/octavo",
 )
 

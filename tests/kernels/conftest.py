@@ -1,4 +1,7 @@
-"""Every backend and instruction-set path, one after the other."""
+"""Every backend and instruction-set path, one after the other.
+
+cuda runs where there is a GPU; cuda-emulated runs the same kernels' source on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,21 @@ import torch
 
 from octavo_server.backends.base import Backend
 from octavo_server.backends.cpu import CpuBackend, available_isas
+from octavo_server.backends.cuda import create_cuda_backend
 from octavo_server.backends.reference import ReferenceBackend
+from tests.cuda.build import KERNEL_SOURCES, build_emulated
+from tests.cuda.emulated import EmulatedCudaBackend
 
-BACKENDS = ("reference", "cpu-avx512", "cpu-avx2", "cpu-portable")
+HAS_GPU = torch.cuda.is_available()
+GPU_BACKENDS = ("cuda",) if HAS_GPU else ()
+BACKENDS = ("reference", "cpu-avx512", "cpu-avx2", "cpu-portable", "cuda-emulated", *GPU_BACKENDS)
 NUM_THREADS = 2
 
 # The reference's tensors are too small for torch's threads, which only get in the way of others.
 torch.set_num_threads(1)
 
 MakeBackend = Callable[[int], Backend]
-"""Takes a number of threads; the reference has no use for it."""
+"""Takes a number of threads; for the emulated GPU, of multiprocessors; the others have no use for it."""
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
@@ -27,6 +35,12 @@ def make_backend(request: pytest.FixtureRequest) -> MakeBackend:
     name: str = request.param
     if name == "reference":
         return lambda num_threads: ReferenceBackend()
+    if name == "cuda":
+        backend = create_cuda_backend()
+        return lambda num_threads: backend
+    if name == "cuda-emulated":
+        library = build_emulated(KERNEL_SOURCES)
+        return lambda num_multiprocessors: EmulatedCudaBackend(library, num_multiprocessors)
     isa = name.removeprefix("cpu-")
     if isa not in available_isas():
         pytest.skip(f"this machine has no {isa}: the cpu backend's {isa} path is not tested")

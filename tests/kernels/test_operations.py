@@ -12,6 +12,7 @@ from octavo_server.backends.base import (
     PagedInt8Layer,
     UnsupportedError,
     alloc_paged_int8_cache,
+    composed_step,
 )
 from octavo_server.model import BLOCK_SIZES
 from tests.kernels.rig import Entry, Rig, bits, make_spec
@@ -29,7 +30,7 @@ def pool_bytes(rig: Rig) -> bytes:
         for layer in rig.cache.layers
         for tensor in tensors(layer)
     ]
-    return torch.cat(flat).numpy().tobytes()
+    return torch.cat(flat).cpu().numpy().tobytes()
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -56,6 +57,29 @@ def test_append_alone_stores(backend: Backend) -> None:
     assert offences.tolist() == [NO_OFFENCE]
     rig.oracle(0, 1).append(inputs.k, inputs.v)
     rig.verify_stored(0, 1)
+
+
+@pytest.mark.parametrize("has_q", [True, False])
+@pytest.mark.parametrize("has_kv", [True, False])
+def test_a_step_is_its_operations(backend: Backend, has_q: bool, has_kv: bool) -> None:
+    rig = Rig(backend, make_spec(), num_blocks=16)
+    for session in (rig.open(30), rig.open(30)):
+        rig.fill(session, 0, 20)
+    entries = [Entry(0, 0, 5), Entry(1, 0, 2)]
+    inputs = rig.draw(entries)
+    inputs.k[6, 1, 0] = np.nan
+    batch = rig.batch(entries, appends=has_kv)
+    q, kv = inputs.q if has_q else None, (inputs.k, inputs.v) if has_kv else None
+    output = backend.step(rig.cache, batch, q, kv, return_lse=True)
+    expected = composed_step(backend, rig.cache, batch, q, kv, return_lse=True)
+    assert output.offences.tolist() == expected.offences.tolist()
+    assert (output.offences[1] == NO_OFFENCE) != has_kv
+    for actual, composed in ((output.out, expected.out), (output.lse, expected.lse)):
+        assert (actual is not None) == has_q
+        if (
+            actual is not None and composed is not None
+        ):  # the rows of the entry that does not offend
+            np.testing.assert_allclose(actual[:5], composed[:5], rtol=1e-5, atol=1e-6)
 
 
 def test_decode_alone_reads_and_changes_nothing(backend: Backend) -> None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from octavo_server.backends.base import UnsupportedError
 from octavo_server.backends.cpu import CpuBackend
 from octavo_server.backends.host_memory import free_host_bytes
+from octavo_server.backends.reference import ReferenceBackend
 from octavo_server.backends.registry import create_backend
+from tests.kernels.conftest import HAS_GPU
+
+FASTEST = "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="torch sees no GPU: the cuda kernels run emulated only")
+def test_the_cuda_backend_on_a_gpu() -> None:
+    """The tests of this folder take it as one more backend where it is."""
+    assert create_backend("cuda", num_threads=0).description.startswith("cuda: ")
 
 
 @pytest.mark.parametrize(
-    ("name", "created"), [("reference", "reference"), ("cpu", "cpu"), ("auto", "cpu")]
+    ("name", "created"), [("reference", "reference"), ("cpu", "cpu"), ("auto", FASTEST)]
 )
 def test_create_backend(name: str, created: str) -> None:
     backend = create_backend(name, num_threads=1)
@@ -28,9 +39,36 @@ def test_threads_reach_the_cpu_backend(num_threads: int) -> None:
     assert backend.num_threads == num_threads
 
 
-@pytest.mark.parametrize("name", ["cuda", "CPU", ""])
+@pytest.mark.skipif(HAS_GPU, reason="torch sees a GPU")
+def test_cuda_without_a_gpu_says_what_is_missing() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"CPU build: install a CUDA build|sees no GPU: check"
+    ):
+        create_backend("cuda", num_threads=0)
+
+
+def test_auto_serves_from_the_cpu_where_the_gpu_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> NoReturn:
+        raise UnsupportedError("it is too old")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("octavo_server.backends.cuda.create_cuda_backend", refuse)
+    assert create_backend("auto", num_threads=1).name == "cpu"
+    assert "the GPU cannot be used: it is too old" in caplog.text
+
+
+def test_auto_takes_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    backend = ReferenceBackend()
+    monkeypatch.setattr("octavo_server.backends.cuda.create_cuda_backend", lambda: backend)
+    assert create_backend("auto", num_threads=1) is backend
+
+
+@pytest.mark.parametrize("name", ["CUDA", "CPU", ""])
 def test_unknown_backends_are_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"one of auto, cpu, reference, got '{name}'"):
+    with pytest.raises(UnsupportedError, match=f"one of auto, cpu, cuda, reference, got '{name}'"):
         create_backend(name, num_threads=1)
 
 

@@ -6,11 +6,12 @@ import logging
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from octavo_server import kernel_build, server
+from octavo_server import cuda_build, kernel_build, server
 from octavo_server.backends.base import UnsupportedError
 from octavo_server.cli import example_config, main
 from octavo_server.config import ModelKeys, ServerConfig
@@ -115,6 +116,37 @@ def test_build_prints_where_the_kernels_are(
     assert (main(["build"]), main(["build", "--verbose"])) == (0, 0)
     assert asked == [False, True]
     assert capsys.readouterr().out == "cache/kernels.so\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "archs"), [("90", (90,)), ("80,90", (80, 90)), ("all", (80, 86, 89, 90, 100, 120))]
+)
+def test_build_makes_the_cuda_kernels_on_request(
+    given: str,
+    archs: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[tuple[Sequence[int], bool]] = []
+
+    def build(archs: Sequence[int], verbose: bool = False) -> Path:
+        asked.append((archs, verbose))
+        return Path("cuda.so")
+
+    monkeypatch.setattr(kernel_build, "build_cpu_kernels", lambda verbose: "cpu.so")
+    monkeypatch.setattr(cuda_build, "build_cuda_kernels", build)
+    assert main(["build", "--verbose", "--cuda-arch", given]) == 0
+    assert asked == [(archs, True)]
+    assert capsys.readouterr().out == "cpu.so\ncuda.so\n"
+
+
+@pytest.mark.parametrize("given", ["", "8.0", "75", "90,", "sm_90"])
+def test_unknown_cuda_archs_are_refused_before_anything_is_built(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernel_build, "build_cpu_kernels", None)
+    assert main(["build", "--cuda-arch", given]) == 1
+    assert f'80 or more, such as 80,90, or "all"; got {given!r}' in capsys.readouterr().err
 
 
 def test_example_config_is_printed_as_shipped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ CLIENT_ROOT = ROOT / "client" / "octavo_client"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config", "config_schema", "config_source", "errors", "logs", "model", "version"}),
     frozenset({"block_pool", "scheduler", "session", "session_store"}),
-    frozenset({"backends", "kernel_build", "step", "launch"}),
+    frozenset({"backends", "cuda_build", "kernel_build", "step", "launch"}),
     frozenset({"engine"}),
     frozenset({"codec", "service", "status", "step_stream"}),
     frozenset({"server"}),

@@ -1,0 +1,35 @@
+// Plans a ragged batch into the decode kernel's items. Pure host code: no device, no CUDA calls.
+
+#ifndef OCTAVO_CUDA_PLAN_H_
+#define OCTAVO_CUDA_PLAN_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "octavo/cuda_ops.h"
+#include "octavo/paged_cache.h"
+
+namespace octavo::cuda {
+
+// Items in the order of entries, rows and spans. Spans end at multiples of span_len, so that an
+// entry's answer depends on where its own context lies, and on the batch through span_len alone.
+struct DecodePlan {
+  std::vector<DecodeItem> items;
+  int32_t span_len = 0;
+  int32_t num_partials = 0;
+  int32_t num_counters = 0;
+};
+
+// Fills a plan, whose storage is used again.
+//
+// Args:
+//   cache: The model; its pointers are not followed.
+//   windows: [num_layers] window of each layer, 0 = none.
+//   batch: Host pointers, checked before.
+//   occupancy: What the device runs at once.
+void PlanDecode(const PagedInt8Cache& cache, const int32_t* windows, const RaggedBatch& batch,
+                const DecodeOccupancy& occupancy, DecodePlan* plan);
+
+}  // namespace octavo::cuda
+
+#endif  // OCTAVO_CUDA_PLAN_H_

@@ -1,0 +1,298 @@
+"""The step path's pure host code, without a device: how a batch is cut into thread blocks, and how it is staged."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo_server.backends.base import RaggedBatch
+from octavo_server.backends.cuda_library import batch_struct
+from tests.cuda.build import CSRC, load_emulated
+
+TILE_ROWS = 8
+MIN_SPAN = 256
+DETERMINISTIC_SPAN = 1024
+MAX_ITEMS = 100_000
+BATCH_ARRAYS = ("layers", "start_pos", "token_starts", "kv_lens", "is_causal", "block_tables")
+TOKEN_ARRAYS = ("slot_mapping", "row_entries", "items", "k", "v", "q")
+STAGED = (*BATCH_ARRAYS, *TOKEN_ARRAYS, "offences", "out", "lse", "total_bytes")
+"""Fields of octavo::cuda::StagingLayout, in order."""
+
+ALIGNMENT = 128
+
+
+class Item(ctypes.Structure):
+    """octavo::cuda::DecodeItem."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32)
+        for name in (
+            [
+                "entry",
+                "first_row",
+                "num_rows",
+                "begin",
+                "end",
+                "split_idx",
+                "num_splits",
+                "first_partial",
+                "counter",
+            ]
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One entry of a batch to plan: of layer 0, or of layer 1, which has the window."""
+
+    num_tokens: int = 1
+    kv_len: int = 1
+    is_causal: bool = True
+    has_window: bool = False
+
+    @property
+    def start_pos(self) -> int:
+        """Position of the first token."""
+        return self.kv_len - self.num_tokens if self.is_causal and self.kv_len else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the planner made of a batch."""
+
+    items: list[Item]
+    span_len: int
+    num_partials: int
+    num_counters: int
+
+
+@pytest.fixture(scope="module")
+def probe() -> ctypes.CDLL:
+    """Return the host code and its probe."""
+    sources = [CSRC / "cuda" / "plan.cpp", CSRC / "cuda" / "staging.cpp"]
+    return load_emulated([*sources, Path(__file__).with_name("host_probe.cpp")])
+
+
+def make_plan(
+    probe: ctypes.CDLL,
+    requests: Sequence[Request],
+    *,
+    group_size: int = 4,
+    num_kv_heads: int = 2,
+    num_slots: int = 24,
+    window: int = 100,
+    deterministic: bool = False,
+) -> Plan:
+    """Plan a batch for a device of `num_slots` thread blocks."""
+    starts = np.cumsum([0, *(request.num_tokens for request in requests)], dtype=np.int32)
+    batch = RaggedBatch(
+        layers=np.array([request.has_window for request in requests], np.int32),
+        start_pos=np.array([request.start_pos for request in requests], np.int32),
+        token_starts=starts,
+        kv_lens=np.array([request.kv_len for request in requests], np.int32),
+        is_causal=np.array([request.is_causal for request in requests], np.bool_),
+        block_tables=np.zeros((len(requests), 1), np.int32),
+        slot_mapping=np.zeros(int(starts[-1]), np.int64),
+    )
+    heads = (ctypes.c_int32 * 3)(group_size * num_kv_heads, num_kv_heads, deterministic)
+    windows, occupancy = (ctypes.c_int32 * 2)(0, window), (ctypes.c_int32 * 2)(num_slots // 2, 2)
+    items, totals = (Item * MAX_ITEMS)(), (ctypes.c_int32 * 3)()
+    struct = ctypes.byref(batch_struct(batch))
+    num_items = probe.probe_plan(heads, windows, struct, occupancy, items, MAX_ITEMS, totals)
+    return Plan(list(items[:num_items]), *totals)
+
+
+def spans(plan: Plan) -> list[tuple[int, ...]]:
+    """Return (entry, first_row, num_rows, begin, end, split_idx, num_splits) of each item."""
+    return [
+        (i.entry, i.first_row, i.num_rows, i.begin, i.end, i.split_idx, i.num_splits)
+        for i in plan.items
+    ]
+
+
+def test_short_contexts_are_not_split(probe: ctypes.CDLL) -> None:
+    plan = make_plan(probe, [Request(kv_len=200), Request(kv_len=256), Request(kv_len=1)])
+    assert spans(plan) == [
+        (0, 0, 4, 0, 200, 0, 1),
+        (1, 0, 4, 0, 256, 0, 1),
+        (2, 0, 4, 0, 1, 0, 1),
+    ]
+    assert (plan.num_partials, plan.num_counters) == (0, 0)
+
+
+def test_a_long_context_is_split_until_the_device_is_full(probe: ctypes.CDLL) -> None:
+    """24 blocks for 2 kv heads: 12 spans of the one entry, of whole steps of 64."""
+    plan = make_plan(probe, [Request(kv_len=12_000)])
+    assert plan.span_len == 1024
+    assert len(plan.items) == 12
+    assert spans(plan)[0] == (0, 0, 4, 0, 1024, 0, 12)
+    assert spans(plan)[-1] == (0, 0, 4, 11_264, 12_000, 11, 12)
+    assert (plan.num_partials, plan.num_counters) == (12, 1)
+
+
+def test_rows_share_tiles_of_eight(probe: ctypes.CDLL) -> None:
+    """3 tokens of 7 heads are 21 rows; a tile ends where its last row's token may look."""
+    plan = make_plan(probe, [Request(num_tokens=3, kv_len=53)], group_size=7)
+    assert spans(plan) == [
+        (0, 0, 8, 0, 52, 0, 1),
+        (0, 8, 8, 0, 53, 0, 1),
+        (0, 16, 5, 0, 53, 0, 1),
+    ]
+
+
+def test_a_window_leaves_out_what_no_row_sees(probe: ctypes.CDLL) -> None:
+    requests = [Request(num_tokens=2, kv_len=500, has_window=True)]
+    plan = make_plan(probe, requests, group_size=8, window=100)
+    assert spans(plan) == [(0, 0, 8, 399, 499, 0, 1), (0, 8, 8, 400, 500, 0, 1)]
+
+
+def test_a_skipped_entry_has_an_item_without_context(probe: ctypes.CDLL) -> None:
+    plan = make_plan(probe, [Request(kv_len=0), Request(num_tokens=2, kv_len=7, is_causal=False)])
+    assert spans(plan) == [(0, 0, 4, 0, 0, 0, 1), (1, 0, 8, 0, 7, 0, 1)]
+
+
+requests_strategy = st.lists(
+    st.builds(
+        lambda num_tokens, cached, is_causal, has_window, is_skipped: Request(
+            num_tokens,
+            0 if is_skipped else num_tokens + cached,
+            is_causal,
+            has_window and is_causal,
+        ),
+        st.integers(1, 20),
+        st.one_of(st.integers(0, 300), st.integers(0, 40_000)),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([False, False, False, True]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=requests_strategy,
+    group_size=st.sampled_from([1, 4, 7, 8, 16]),
+    num_slots=st.sampled_from([2, 24, 400]),
+    deterministic=st.booleans(),
+)
+def test_every_row_sees_its_context_once(
+    probe: ctypes.CDLL,
+    requests: list[Request],
+    group_size: int,
+    num_slots: int,
+    deterministic: bool,
+) -> None:
+    plan = make_plan(
+        probe, requests, group_size=group_size, num_slots=num_slots, deterministic=deterministic
+    )
+    rows: dict[int, list[int]] = {entry: [] for entry in range(len(requests))}
+    partials: list[int] = []
+    counters: list[int] = []
+    for (entry, first_row), grouped in groupby(plan.items, lambda i: (i.entry, i.first_row)):
+        tile = list(grouped)
+        rows[entry] += range(first_row, first_row + tile[0].num_rows)
+        check_tile(tile, requests[entry], group_size)
+        if len(tile) > 1:
+            first = tile[0].first_partial
+            partials += range(first, first + len(tile))
+            counters.append(tile[0].counter)
+    for entry, request in enumerate(requests):
+        assert rows[entry] == list(range(request.num_tokens * group_size))
+    assert partials == list(range(plan.num_partials))
+    assert counters == list(range(plan.num_counters))
+    check_span(plan, num_slots // 2, deterministic)
+
+
+def check_tile(tile: list[Item], request: Request, group_size: int, window: int = 100) -> None:
+    """Check that the items of a few rows follow each other from the first position seen to the last."""
+    assert 1 <= tile[0].num_rows <= TILE_ROWS
+    assert [item.split_idx for item in tile] == list(range(len(tile)))
+    assert {item.num_splits for item in tile} == {len(tile)}
+    assert all(one.end == other.begin for one, other in pairwise(tile))
+    begin, end = 0, request.kv_len
+    if request.is_causal and request.kv_len:
+        last_row = tile[0].first_row + tile[0].num_rows - 1
+        end = request.start_pos + last_row // group_size + 1
+        if request.has_window:
+            begin = max(0, request.start_pos + tile[0].first_row // group_size + 1 - window)
+    assert (tile[0].begin, tile[-1].end) == (begin, end)
+
+
+def check_span(plan: Plan, max_items: int, deterministic: bool) -> None:
+    """Check that spans end at multiples of one length, which is no shorter than the device asks for."""
+    for item in plan.items:
+        assert (
+            item.begin == item.end
+            or item.end - 1 < (item.begin // plan.span_len + 1) * plan.span_len
+        )
+    if deterministic:
+        assert plan.span_len == DETERMINISTIC_SPAN
+        return
+    assert plan.span_len >= MIN_SPAN
+    if any(item.num_splits > 1 for item in plan.items):
+        assert len(plan.items) <= max_items, "a split where the device is full already"
+
+
+@pytest.mark.parametrize("others", [0, 1, 30])
+def test_a_deterministic_plan_of_an_entry_does_not_see_the_others(
+    probe: ctypes.CDLL, others: int
+) -> None:
+    own = Request(num_tokens=3, kv_len=9_000)
+    alone = make_plan(probe, [own], deterministic=True)
+    requests = [*[Request(kv_len=777)] * others, own]
+    shared = make_plan(probe, requests, deterministic=True, num_slots=400)
+    assert [span[1:] for span in spans(shared)[-len(alone.items) :]] == [
+        span[1:] for span in spans(alone)
+    ]
+
+
+@pytest.mark.parametrize("appends", [0, 1])
+@pytest.mark.parametrize("attends", [0, 1])
+@pytest.mark.parametrize("returns_lse", [0, 1])
+def test_staging_holds_every_array_once(
+    probe: ctypes.CDLL, appends: int, attends: int, returns_lse: int
+) -> None:
+    num_entries, max_num_blocks, total_tokens, num_items = 3, 5, 7, 4 * attends
+    num_q_heads, num_kv_heads, head_dim, element_bytes = 8, 2, 72, 2
+    sizes = (
+        *(num_entries, max_num_blocks, total_tokens, num_items, num_q_heads, num_kv_heads),
+        *(head_dim, element_bytes, appends, attends, returns_lse and attends),
+    )
+    offsets = (ctypes.c_int64 * len(STAGED))()
+    probe.probe_staging((ctypes.c_int64 * len(sizes))(*sizes), offsets)
+    kv_bytes = appends * total_tokens * num_kv_heads * head_dim * element_bytes
+    q_bytes = attends * total_tokens * num_q_heads * head_dim * element_bytes
+    needed = {
+        "layers": 4 * num_entries,
+        "start_pos": 4 * num_entries,
+        "token_starts": 4 * (num_entries + 1),
+        "kv_lens": 4 * num_entries,
+        "is_causal": num_entries,
+        "block_tables": 4 * num_entries * max_num_blocks,
+        "slot_mapping": appends * 8 * total_tokens,
+        "row_entries": appends * 4 * total_tokens,
+        "items": ctypes.sizeof(Item) * num_items,
+        "k": kv_bytes,
+        "v": kv_bytes,
+        "q": q_bytes,
+        "offences": 8 * num_entries,
+        "out": q_bytes,
+        "lse": attends * returns_lse * 4 * total_tokens * num_q_heads,
+    }
+    assert tuple(needed) == STAGED[:-1]
+    places = dict(zip(STAGED, offsets, strict=True))
+    for name, following in pairwise(STAGED):
+        assert places[name] % ALIGNMENT == 0
+        room = places[following] - places[name]
+        assert needed[name] <= room < needed[name] + ALIGNMENT
