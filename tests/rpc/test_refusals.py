@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
@@ -27,6 +26,7 @@ from tests.rpc.wire import (
     Refusal,
     Stream,
     Wire,
+    as_done,
     refusal_of,
     refusal_of_call,
     tensor,
@@ -497,15 +497,6 @@ def test_one_waiting_unary_call_too_many_is_refused(wire: Wire) -> None:
         assert codes == [grpc.StatusCode.OK] * 2
 
 
-def as_done(calls: list[Any]) -> Iterator[Any]:
-    """Yield calls as they end, without waiting for those that do not."""
-    ended: SimpleQueue[Any] = SimpleQueue()
-    for call in calls:
-        call.add_done_callback(ended.put)
-    for _ in calls:
-        yield ended.get(timeout=CALL_TIMEOUT_S)
-
-
 def test_a_wrong_guard_refuses_the_truncate(wire: Wire) -> None:
     with unharmed(wire) as (victim, _):
         request = v1.TruncateSessionRequest(
@@ -546,12 +537,14 @@ def test_a_server_that_drains_refuses_new_work_and_finishes_the_old() -> None:
 def test_a_server_whose_device_failed_refuses_everything_and_turns_unready() -> None:
     with serving() as wire:
         victim = wire.open()
+        watch = wire.watch("ready")
+        assert next(watch) == "SERVING"
         wire.backend.is_broken = True
         confirm(refusal_of(wire.run(wire.step((victim, 0, 1))).error), Reason.DEVICE_FAILURE)
         with pytest.raises(grpc.RpcError) as refused:
             wire.open()
         confirm(refusal_of_call(refused.value), Reason.DEVICE_FAILURE)
-        assert wire.health("ready") == "NOT_SERVING"
+        assert wire.health("ready") == next(watch) == "NOT_SERVING"
         assert wire.health("live") == "SERVING"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any, cast
 
 import grpc
@@ -35,6 +37,7 @@ from tests.rpc.wire import (
     Stream,
     Wire,
     array,
+    as_done,
     refusal_of,
     refusal_of_call,
     tensor,
@@ -312,20 +315,76 @@ def test_a_truncate_or_close_whose_caller_left_is_not_applied(wire: Wire) -> Non
     assert wire.lengths(caching) == [6, 0]
 
 
-def test_health_is_answered_while_calls_that_send_nothing_hold_every_thread() -> None:
+HEALTH = "grpc.health.v1.Health"
+
+
+@contextmanager
+def silent_calls(wire: Wire, count: int, *names: str) -> Iterator[list[Any]]:
+    """Open calls that send nothing until the block ends."""
+    may_end = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        may_end.wait(CALL_TIMEOUT_S)
+        yield from ()
+
+    try:
+        yield [wire.raw("stream_unary", *names).future(nothing()) for _ in range(count)]
+    finally:
+        may_end.set()
+
+
+@pytest.mark.parametrize(
+    "names", [("ServerInfo",), ("DecodeOnce",), ("Check", HEALTH), ("Watch", HEALTH)]
+)
+def test_calls_that_send_nothing_hold_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    """More silent calls than there are threads; the last ones stay, and yet everything is answered."""
+    monkeypatch.setattr(server_module, "MAX_SILENT_CALLS", 2)
     with serving(max_streams=1, max_unary_calls=1) as wire:
-        silent = threading.Event()
+        caching = wire.open()
+        with silent_calls(wire, 30, *names) as calls:
+            for call in islice(as_done(calls), 28):
+                assert call.code() is grpc.StatusCode.CANCELLED
+            assert wire.health("ready") == "SERVING"
+            assert wire.lengths(caching) == [0, 0]
+            wire.append(caching, 0, 3)
+            step = wire.step((caching, 0, 2))
+            answer = wire.stub.DecodeOnce(v1.DecodeOnceRequest(step=step), timeout=CALL_TIMEOUT_S)
+            wire.check(step, answer.result, [(caching, 0)])
 
-        def nothing() -> Iterator[bytes]:
-            silent.wait(CALL_TIMEOUT_S)
-            yield from ()
 
-        calls = [wire.raw("stream_unary", "GetSession").future(nothing()) for _ in range(20)]
-        time.sleep(0.3)
-        assert wire.health("ready") == "SERVING"
-        silent.set()
-        for call in calls:
-            call.cancel()
+def test_calls_that_come_all_at_once_are_not_taken_for_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_SILENT_CALLS", 1)
+    with serving() as wire:
+        request = v1.ServerInfoRequest()
+        calls = [wire.stub.ServerInfo.future(request, timeout=CALL_TIMEOUT_S) for _ in range(100)]
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+
+
+@pytest.mark.parametrize("names", [("OpenSession",), ("Check", HEALTH), ("Watch", HEALTH)])
+def test_a_unary_call_without_a_message_is_refused(wire: Wire, names: tuple[str, ...]) -> None:
+    call = wire.raw("stream_unary", *names)
+    with pytest.raises(grpc.RpcError) as refused:
+        call(iter([]), timeout=CALL_TIMEOUT_S)
+    refusal = refusal_of_call(refused.value)
+    assert (refusal.reason, refusal.metadata["field"]) == ("MALFORMED_MESSAGE", "request")
+    assert wire.sessions() == []
+
+
+def test_what_follows_the_message_of_a_unary_call_is_not_read(wire: Wire) -> None:
+    requests = [v1.OpenSessionRequest(model=MODEL).SerializeToString(), b"\xff\xff\xff"]
+    wire.raw("stream_unary", "OpenSession")(iter(requests), timeout=CALL_TIMEOUT_S)
+    assert len(wire.sessions()) == 1
+
+
+@pytest.mark.parametrize("name", ["Check", "Watch"])
+def test_bytes_that_are_no_message_are_refused_by_health_too(wire: Wire, name: str) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        wire.raw("unary_unary", name, HEALTH)(b"\xff\xff\xff", timeout=CALL_TIMEOUT_S)
+    assert refusal_of_call(refused.value).reason == "MALFORMED_MESSAGE"
 
 
 def test_a_client_that_falls_silent_gives_its_streams_back(

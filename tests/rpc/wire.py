@@ -65,9 +65,9 @@ class Wire:
         self.channel = grpc.insecure_channel(self.address, OPTIONS)
         self.stub: Any = OctavoServiceStub(self.channel)  # type: ignore[no-untyped-call]
 
-    def raw(self, kind: str, call: str) -> Any:
+    def raw(self, kind: str, call: str, service: str = "octavo.v1.OctavoService") -> Any:
         """Return a call that takes and returns bytes; kind is unary_unary, stream_unary or stream_stream."""
-        return getattr(self.channel, kind)(f"/octavo.v1.OctavoService/{call}")
+        return getattr(self.channel, kind)(f"/{service}/{call}")
 
     def open(self, model: str = MODEL, request_id: str = "") -> Caching:
         """Open a session."""
@@ -98,10 +98,14 @@ class Wire:
     def health(self, service: str) -> str:
         """Return what grpc.health.v1 says of a service."""
         request = health_pb2.HealthCheckRequest(service=service)
-        status = (
-            health_pb2_grpc.HealthStub(self.channel).Check(request, timeout=CALL_TIMEOUT_S).status
-        )
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+        response = health_pb2_grpc.HealthStub(self.channel).Check(request, timeout=CALL_TIMEOUT_S)
+        return _health_name(response)
+
+    def watch(self, service: str) -> Iterator[str]:
+        """Yield what grpc.health.v1 says of a service, now and whenever that changes."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        responses = health_pb2_grpc.HealthStub(self.channel).Watch(request, timeout=CALL_TIMEOUT_S)
+        return map(_health_name, responses)
 
     def draw(self, num_tokens: int, num_heads: int) -> NDArray[np.float32]:
         """Return random rows."""
@@ -208,6 +212,10 @@ OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_leng
 _DTYPES = {np.dtype(np.float16): v1.DATA_TYPE_FLOAT16, np.dtype(np.float32): v1.DATA_TYPE_FLOAT32}
 
 
+def _health_name(response: health_pb2.HealthCheckResponse) -> str:
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+
 def tensor(values: NDArray[Any]) -> v1.Tensor:
     """Return an array as a message."""
     return v1.Tensor(data=values.tobytes(), dtype=_DTYPES[values.dtype], shape=values.shape)
@@ -238,3 +246,12 @@ def refusal_of_call(error: grpc.RpcError) -> Refusal:
     status = rpc_status.from_call(cast(grpc.Call, error))
     assert status is not None, error
     return refusal_of(status)
+
+
+def as_done(calls: list[Any]) -> Iterator[Any]:
+    """Yield calls as they end, without waiting for those that do not."""
+    ended: SimpleQueue[Any] = SimpleQueue()
+    for call in calls:
+        call.add_done_callback(ended.put)
+    for _ in calls:
+        yield ended.get(timeout=CALL_TIMEOUT_S)
