@@ -249,7 +249,8 @@ def test_a_proxy_in_the_environment_is_not_asked(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
     with oc.Client(server.target, retry=oc.Retry(max_attempts=1)) as client:
         assert client.server_info().incarnation == "run1"
 
