@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from threading import Thread
 from typing import Any
 
@@ -19,7 +18,6 @@ from tests.rpc.wire import (
     CALL_TIMEOUT_S,
     HEAD_DIM,
     NUM_KV_HEADS,
-    NUM_LAYERS,
     NUM_Q_HEADS,
     WINDOWED_MODEL,
     Caching,
@@ -30,26 +28,12 @@ from tests.rpc.wire import (
     refusal_of,
     refusal_of_call,
     tensor,
+    unharmed,
 )
+from tests.waiting import wait_until
 
 SEEN: set[str] = set()
 """Reasons that the tests of this module met; the last test wants them all."""
-
-
-@contextmanager
-def unharmed(wire: Wire) -> Iterator[tuple[Caching, Caching]]:
-    """Give a session and a neighbour with tokens in them; afterwards both go on as if nothing had been."""
-    victim, neighbour = wire.open(), wire.open()
-    for caching in (victim, neighbour):
-        for layer in range(NUM_LAYERS):
-            wire.append(caching, layer, 5)
-    free = wire.num_free_blocks()
-    yield victim, neighbour
-    assert wire.num_free_blocks() == free
-    for caching in (victim, neighbour):
-        assert wire.lengths(caching) == [caching.length(layer) for layer in range(NUM_LAYERS)]
-        for layer in range(NUM_LAYERS):
-            wire.append(caching, layer, 2)
 
 
 def confirm(refusal: Refusal, reason: Reason) -> None:
@@ -332,7 +316,7 @@ def test_a_step_that_expires_in_the_queue_is_not_applied(wire: Wire) -> None:
         with wire.busy():
             stream.send(wire.step((victim, 0, 1), timeout_ms=1))
             stream.send(wire.step((victim, 1, 1), k=None, v=None, start_pos=[4]))
-            time.sleep(0.2)
+            wait_until(lambda: len(wire.queue) == 2 and wire.num_overdue == 1)
         results = [stream.receive(), stream.receive()]
         (expired,) = [result for result in results if result.HasField("error")]
         refusal = refusal_of(expired.error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from octavo import v1
 from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
 from octavo_client.oracle import AttentionOptions, OracleCache, check
+from octavo_server.scheduler import WorkItem
 from octavo_server.server import Server
 from tests.rpc.gated_backend import GatedBackend
 
@@ -106,6 +108,26 @@ class Wire:
         request = health_pb2.HealthCheckRequest(service=service)
         responses = health_pb2_grpc.HealthStub(self.channel).Watch(request, timeout=CALL_TIMEOUT_S)
         return map(_health_name, responses)
+
+    @property
+    def queue(self) -> list[WorkItem[Any]]:
+        """What waits for its turn, in the order of arrival; `busy` lets it gather."""
+        return list(self.server._engine._scheduler._queue)
+
+    @property
+    def num_overdue(self) -> int:
+        """Steps of the queue whose time has passed."""
+        return sum(item.deadline <= time.monotonic() for item in self.queue)
+
+    @property
+    def num_free_streams(self) -> int:
+        """Streams that the server would take now."""
+        return self.server._service.streams._slots._value
+
+    @property
+    def num_free_calls(self) -> int:
+        """Waiting unary calls that the server would take now."""
+        return self.server._service._waiting_calls._slots._value
 
     def draw(self, num_tokens: int, num_heads: int) -> NDArray[np.float32]:
         """Return random rows."""
@@ -255,3 +277,19 @@ def as_done(calls: list[Any]) -> Iterator[Any]:
         call.add_done_callback(ended.put)
     for _ in calls:
         yield ended.get(timeout=CALL_TIMEOUT_S)
+
+
+@contextmanager
+def unharmed(wire: Wire) -> Iterator[tuple[Caching, Caching]]:
+    """Give a session and a neighbour with tokens in them; afterwards both go on as if nothing had been."""
+    victim, neighbour = wire.open(), wire.open()
+    for caching in (victim, neighbour):
+        for layer in range(NUM_LAYERS):
+            wire.append(caching, layer, 5)
+    free = wire.num_free_blocks()
+    yield victim, neighbour
+    assert wire.num_free_blocks() == free
+    for caching in (victim, neighbour):
+        assert wire.lengths(caching) == [caching.length(layer) for layer in range(NUM_LAYERS)]
+        for layer in range(NUM_LAYERS):
+            wire.append(caching, layer, 2)
