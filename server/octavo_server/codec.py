@@ -37,8 +37,7 @@ def parse(message_type: type[AnyMessage], data: bytes) -> AnyMessage:
     try:
         return message_type.FromString(data)
     except DecodeError:
-        name = message_type.DESCRIPTOR.name
-        expected, actual = f"an octavo.v1.{name}", f"{len(data)} bytes that are none"
+        expected, actual = message_type.DESCRIPTOR.full_name, f"{len(data)} bytes that are none"
         raise mismatch(Reason.MALFORMED_MESSAGE, "message", expected, actual) from None
 
 

@@ -12,16 +12,27 @@ from io import FileIO
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from octavo_server import codec
 from octavo_server.backends.base import Backend, UnsupportedError, alloc_paged_int8_cache
 from octavo_server.backends.registry import create_backend
 from octavo_server.block_pool import BlockPool
 from octavo_server.config import ModelConfig, ServerConfig
 from octavo_server.engine import Engine, ModelPool
 from octavo_server.model import ModelSpec
-from octavo_server.service import SERVICE_NAME, Gate, Identity, Limits, OctavoService
+from octavo_server.request_reader import RequestReader
+from octavo_server.service import (
+    SERVICE_NAME,
+    Gate,
+    Identity,
+    Limits,
+    OctavoService,
+    refusing,
+    run_in,
+    unary_handler,
+)
 from octavo_server.session_store import SessionStore
 from octavo_server.version import software_version
 
@@ -34,10 +45,13 @@ READY_SERVICES = ("", "ready", SERVICE_NAME)
 """Health services that serve while the server takes new work."""
 
 RESERVED_THREADS = 8
-"""Handler threads for the short calls, beside those that streams and waiting calls may hold."""
+"""Handler threads for the short calls, beside those that streams, waiting calls and silent calls may hold."""
+
+MAX_SILENT_CALLS = 64
+"""Unary calls that may wait for their request; many, for the threads exist only while there are such calls."""
 
 HEALTH_THREADS = 4
-"""Threads that answer health alone, so that calls of any other kind cannot use them up."""
+"""Threads that answer health alone, so that calls of any other kind cannot use them up; silent ones come on top."""
 
 KEEPALIVE_MS = 20_000
 """A client that is silent for this long is pinged."""
@@ -68,11 +82,6 @@ class Server:
         pools = _alloc_pools(backend, config.models)
         sessions = SessionStore(incarnation, config.max_sessions)
         self._health = health.HealthServicer()
-        # gRPC runs a behaviour that has a pool of its own there.
-        check: Any = self._health.Check
-        check.__func__.experimental_thread_pool = ThreadPoolExecutor(
-            HEALTH_THREADS, thread_name_prefix="octavo-health"
-        )
         self._engine = Engine(backend, pools, sessions, on_failure=self._set_unready)
         identity = Identity(
             software_version(), incarnation, backend.name, backend.description, config.max_sessions
@@ -217,6 +226,7 @@ def _limits(config: ServerConfig) -> Limits:
     return Limits(
         max_streams=config.max_streams,
         max_unary_calls=config.max_unary_calls,
+        max_silent_calls=MAX_SILENT_CALLS,
         max_steps_in_flight=config.max_steps_in_flight,
         max_message_bytes=config.max_message_bytes,
     )
@@ -225,9 +235,9 @@ def _limits(config: ServerConfig) -> Limits:
 def _create_grpc_server(
     config: ServerConfig, service: OctavoService, health_servicer: health.HealthServicer
 ) -> grpc.Server:
-    num_threads = config.max_streams + config.max_unary_calls + RESERVED_THREADS
+    num_held = config.max_streams + config.max_unary_calls + MAX_SILENT_CALLS
     server = grpc.server(
-        ThreadPoolExecutor(num_threads, thread_name_prefix="octavo-call"),
+        ThreadPoolExecutor(num_held + RESERVED_THREADS, thread_name_prefix="octavo-call"),
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", -1),
@@ -243,10 +253,34 @@ def _create_grpc_server(
         ],
     )
     server.add_generic_rpc_handlers((service.handler(),))
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    server.add_generic_rpc_handlers((_health_handler(health_servicer),))
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     server.add_generic_rpc_handlers((_reflection_handler(names, service.streams),))
     return server
+
+
+def _health_handler(servicer: health.HealthServicer) -> grpc.GenericRpcHandler[Any, Any]:
+    """Return health in threads of its own, whose calls must send their request like any other unary call."""
+    reader = RequestReader(MAX_SILENT_CALLS)
+    threads = ThreadPoolExecutor(
+        MAX_SILENT_CALLS + HEALTH_THREADS, thread_name_prefix="octavo-health"
+    )
+
+    def watch(requests: Iterator[bytes], context: grpc.ServicerContext, respond: Any) -> None:
+        data = reader.read(requests, context)
+        with refusing(context):
+            servicer.Watch(codec.parse(health_pb2.HealthCheckRequest, data), context, respond)
+
+    # A watch answers from the threads that change the health, and holds none between.
+    watch.experimental_non_blocking = True  # type: ignore[attr-defined]
+    check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, threads)
+    watch_handler = grpc.stream_stream_rpc_method_handler(
+        run_in(threads, watch),
+        response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(
+        health.SERVICE_NAME, {"Check": check, "Watch": watch_handler}
+    )
 
 
 def _reflection_handler(names: tuple[str, ...], gate: Gate) -> grpc.GenericRpcHandler[Any, Any]:

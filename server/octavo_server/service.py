@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from octavo import v1
 from octavo_server import codec, status
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, limit_reached, mismatch
+from octavo_server.request_reader import RequestReader
 from octavo_server.step import StepAnswer, StepRequest
 from octavo_server.step_stream import StepStream
 
@@ -28,6 +29,7 @@ MAX_PAGE_SIZE = 1000
 MAX_PAGE_TOKEN_LEN = 20
 MAX_REQUEST_ID_LEN = 128
 
+Request = TypeVar("Request", bound=Message)
 Result = TypeVar("Result")
 
 
@@ -38,12 +40,14 @@ class Limits:
     Attributes:
         max_streams: Decode, Append and reflection streams.
         max_unary_calls: Unary calls that wait for the engine.
+        max_silent_calls: Unary calls that have not sent their request.
         max_steps_in_flight: Unanswered steps of one Decode stream.
         max_message_bytes: Bytes of one message received.
     """
 
     max_streams: int
     max_unary_calls: int
+    max_silent_calls: int
     max_steps_in_flight: int
     max_message_bytes: int
 
@@ -116,7 +120,11 @@ class OctavoService:
             "CloseSession": self._close_session,
             "DecodeOnce": self._decode_once,
         }
-        handlers = {name: _unary_handler(name, call) for name, call in unary.items()}
+        reader = RequestReader(self._limits.max_silent_calls)
+        handlers = {
+            name: unary_handler(getattr(v1, f"{name}Request"), call, reader)
+            for name, call in unary.items()
+        }
         handlers["Append"] = grpc.stream_unary_rpc_method_handler(self._append)
         handlers["Decode"] = grpc.stream_stream_rpc_method_handler(self._decode)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
@@ -195,7 +203,7 @@ class OctavoService:
 
     def _append(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         stored = v1.AppendResponse()
-        with self.streams.open(context), _refusing(context, stored):
+        with self.streams.open(context), refusing(context, stored):
             caller = _Caller(context)
             for data in requests:
                 message = codec.parse(v1.AppendRequest, data)
@@ -255,7 +263,7 @@ class _Caller:
 
 
 @contextmanager
-def _refusing(context: grpc.ServicerContext, *details: Message) -> Iterator[None]:
+def refusing(context: grpc.ServicerContext, *details: Message) -> Iterator[None]:
     """End the call with the status of a refusal raised inside, and `details` beside the ErrorInfo."""
     try:
         yield
@@ -265,13 +273,30 @@ def _refusing(context: grpc.ServicerContext, *details: Message) -> Iterator[None
         context.abort(grpc.StatusCode.CANCELLED, "the client cancelled the call")
 
 
-def _unary_handler(
-    name: str, call: Callable[[Any, grpc.ServicerContext], Message]
+def unary_handler(
+    request_type: type[Request],
+    call: Callable[[Request, grpc.ServicerContext], Message],
+    reader: RequestReader,
+    threads: ThreadPoolExecutor | None = None,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
-    request_type = getattr(v1, f"{name}Request")
+    """Return the handler of a unary call.
 
-    def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        with _refusing(context):
+    Args:
+        request_type: What the call takes.
+        call: Answers it.
+        reader: Reads the request.
+        threads: Where the call runs, if not in the server's own pool.
+    """
+
+    def handle(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        data = reader.read(requests, context)
+        with refusing(context):
             return call(codec.parse(request_type, data), context).SerializeToString()
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    return grpc.stream_unary_rpc_method_handler(run_in(threads, handle))
+
+
+def run_in(threads: ThreadPoolExecutor | None, behaviour: Any) -> Any:
+    """Return a behaviour that gRPC runs in a pool of its own, where there is one."""
+    behaviour.experimental_thread_pool = threads
+    return behaviour

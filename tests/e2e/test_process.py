@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,6 +92,15 @@ def test_a_signal_that_another_thread_takes_stops_the_server() -> None:
         assert process.wait(WAIT_S) == 0
 
 
+def has_ipv6_loopback() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6_loopback(), reason="this machine has no IPv6 loopback, ::1")
 def test_an_address_in_brackets_is_listened_on() -> None:
     command = [sys.executable, "-m", "octavo_server", "serve", "--port", "0", "--model", MODEL]
     flags = ["--backend", "reference", "--host", "[::1]"]

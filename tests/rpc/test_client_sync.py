@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import octavo_client as oc
-from octavo_client import _append
+from octavo_client import _append, _exchange
 from tests.rpc.checked_session import Checked, check_batch, draw, draw_prompt, draw_step
 from tests.rpc.conftest import serving
 from tests.rpc.cutting_proxy import CuttingProxy, cutting_proxy
 from tests.rpc.wire import HEAD_DIM, MODEL, NUM_KV_HEADS, NUM_LAYERS, NUM_Q_HEADS, Wire
+from tests.waiting import wait_until
 
 QUICK = oc.Retry(max_attempts=20, initial_backoff_s=0.02, max_backoff_s=0.1)
 
@@ -199,11 +200,14 @@ def test_a_message_over_the_limit(client: oc.Client) -> None:
         session.decode(0, *draw_step())
 
 
-def test_a_step_that_expires_in_the_queue(wire: Wire, client: oc.Client) -> None:
+def test_a_step_that_expires_in_the_queue(
+    wire: Wire, client: oc.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_exchange, "_QUEUE_SHARE", 0.01)
     with client.open_session(MODEL) as session:
         with wire.busy():
-            future = session.submit(0, *draw_step(), timeout=1.0)
-            time.sleep(0.95)
+            future = session.submit(0, *draw_step(), timeout=30.0)
+            wait_until(lambda: wire.num_overdue == 1)
         with pytest.raises(oc.StepExpired):
             future.result()
         assert session.lengths == (0, 0)

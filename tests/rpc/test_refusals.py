@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from queue import SimpleQueue
+from contextlib import ExitStack
 from threading import Thread
 from typing import Any
 
@@ -20,36 +18,22 @@ from tests.rpc.wire import (
     CALL_TIMEOUT_S,
     HEAD_DIM,
     NUM_KV_HEADS,
-    NUM_LAYERS,
     NUM_Q_HEADS,
     WINDOWED_MODEL,
     Caching,
     Refusal,
     Stream,
     Wire,
+    as_done,
     refusal_of,
     refusal_of_call,
     tensor,
+    unharmed,
 )
+from tests.waiting import wait_until
 
 SEEN: set[str] = set()
 """Reasons that the tests of this module met; the last test wants them all."""
-
-
-@contextmanager
-def unharmed(wire: Wire) -> Iterator[tuple[Caching, Caching]]:
-    """Give a session and a neighbour with tokens in them; afterwards both go on as if nothing had been."""
-    victim, neighbour = wire.open(), wire.open()
-    for caching in (victim, neighbour):
-        for layer in range(NUM_LAYERS):
-            wire.append(caching, layer, 5)
-    free = wire.num_free_blocks()
-    yield victim, neighbour
-    assert wire.num_free_blocks() == free
-    for caching in (victim, neighbour):
-        assert wire.lengths(caching) == [caching.length(layer) for layer in range(NUM_LAYERS)]
-        for layer in range(NUM_LAYERS):
-            wire.append(caching, layer, 2)
 
 
 def confirm(refusal: Refusal, reason: Reason) -> None:
@@ -332,7 +316,7 @@ def test_a_step_that_expires_in_the_queue_is_not_applied(wire: Wire) -> None:
         with wire.busy():
             stream.send(wire.step((victim, 0, 1), timeout_ms=1))
             stream.send(wire.step((victim, 1, 1), k=None, v=None, start_pos=[4]))
-            time.sleep(0.2)
+            wait_until(lambda: len(wire.queue) == 2 and wire.num_overdue == 1)
         results = [stream.receive(), stream.receive()]
         (expired,) = [result for result in results if result.HasField("error")]
         refusal = refusal_of(expired.error)
@@ -497,15 +481,6 @@ def test_one_waiting_unary_call_too_many_is_refused(wire: Wire) -> None:
         assert codes == [grpc.StatusCode.OK] * 2
 
 
-def as_done(calls: list[Any]) -> Iterator[Any]:
-    """Yield calls as they end, without waiting for those that do not."""
-    ended: SimpleQueue[Any] = SimpleQueue()
-    for call in calls:
-        call.add_done_callback(ended.put)
-    for _ in calls:
-        yield ended.get(timeout=CALL_TIMEOUT_S)
-
-
 def test_a_wrong_guard_refuses_the_truncate(wire: Wire) -> None:
     with unharmed(wire) as (victim, _):
         request = v1.TruncateSessionRequest(
@@ -546,12 +521,14 @@ def test_a_server_that_drains_refuses_new_work_and_finishes_the_old() -> None:
 def test_a_server_whose_device_failed_refuses_everything_and_turns_unready() -> None:
     with serving() as wire:
         victim = wire.open()
+        watch = wire.watch("ready")
+        assert next(watch) == "SERVING"
         wire.backend.is_broken = True
         confirm(refusal_of(wire.run(wire.step((victim, 0, 1))).error), Reason.DEVICE_FAILURE)
         with pytest.raises(grpc.RpcError) as refused:
             wire.open()
         confirm(refusal_of_call(refused.value), Reason.DEVICE_FAILURE)
-        assert wire.health("ready") == "NOT_SERVING"
+        assert wire.health("ready") == next(watch) == "NOT_SERVING"
         assert wire.health("live") == "SERVING"
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -35,10 +38,13 @@ from tests.rpc.wire import (
     Stream,
     Wire,
     array,
+    as_done,
     refusal_of,
     refusal_of_call,
     tensor,
+    unharmed,
 )
+from tests.waiting import wait_until
 
 
 def test_server_info_describes_the_server(wire: Wire) -> None:
@@ -111,51 +117,57 @@ def test_a_replay_after_the_connection_broke_before_the_answer(wire: Wire) -> No
 
 
 def test_steps_queued_by_a_client_that_vanishes_are_not_applied(wire: Wire) -> None:
-    caching = wire.open()
-    with wire.busy():
-        stub = OctavoServiceStub(channel := grpc.insecure_channel(wire.address))  # type: ignore[no-untyped-call]
-        blocker = threading.Event()
+    with unharmed(wire) as (victim, neighbour), wire.stream() as other:
+        with wire.busy():
+            channel = grpc.insecure_channel(wire.address)
+            gone = Stream(OctavoServiceStub(channel))  # type: ignore[no-untyped-call]
+            gone.send(wire.step((victim, 0, 4), (neighbour, 1, 1)))
+            wait_until(lambda: len(wire.queue) == 1)
+            kept = wire.step((neighbour, 0, 2))
+            other.send(kept)
+            channel.close()
+            gone.end()
+            wait_until(lambda: are_cancelled(wire, 1) and len(wire.queue) == 2)
+        wire.check(kept, other.receive(), [(neighbour, 0)])
 
-        def requests() -> Iterator[v1.DecodeRequest]:
-            yield v1.DecodeRequest(step=wire.step((caching, 0, 4)))
-            blocker.wait(CALL_TIMEOUT_S)
 
-        call = stub.Decode(requests(), timeout=CALL_TIMEOUT_S)
-        time.sleep(0.2)
-        call.cancel()
-        channel.close()
-        blocker.set()
-        time.sleep(0.2)
-    wire.append(caching, 0, 1)
-    assert wire.lengths(caching) == [1, 0]
+def are_cancelled(wire: Wire, count: int) -> bool:
+    """Tell whether the queue holds at least so much, and its first `count` have nobody waiting for them."""
+    first = wire.queue[:count]
+    return len(first) == count and all(item.is_cancelled() for item in first)
 
 
 def test_streams_of_clients_that_vanished_are_given_back(wire: Wire) -> None:
-    caching = wire.open()
-    wire.append(caching)
-    for _ in range(3 * 4):
-        with wire.stream() as stream:
-            stream.send(wire.step((caching, 0, 1), k=None, v=None, start_pos=[0]))
-            stream.receive()
-            stream.call.cancel()
-        time.sleep(0.02)
-    wire.append(caching)
+    with unharmed(wire) as (victim, neighbour):
+        for _ in range(3 * 4):
+            step = wire.step((victim, 0, 1), (neighbour, 0, 1), k=None, v=None, start_pos=[0, 0])
+            with wire.stream() as stream:
+                stream.send(step)
+                stream.receive()
+                stream.call.cancel()
+            wait_until(lambda: wire.num_free_streams == 4)
 
 
 def test_a_cancelled_unary_step_frees_its_place(wire: Wire) -> None:
-    caching = wire.open()
-    with wire.busy():
-        for _ in range(6):
-            request = v1.DecodeOnceRequest(step=wire.step((caching, 0, 3)))
-            call = wire.stub.DecodeOnce.future(request, timeout=CALL_TIMEOUT_S)
-            time.sleep(0.1)
-            call.cancel()
-            time.sleep(0.1)
-            assert call.cancelled(), call.details()
-    assert wire.lengths(caching) == [0, 0]
-    step = wire.step((caching, 0, 3))
-    answer = wire.stub.DecodeOnce(v1.DecodeOnceRequest(step=step), timeout=CALL_TIMEOUT_S)
-    wire.check(step, answer.result, [(caching, 0)])
+    with unharmed(wire) as (victim, neighbour):
+        kept = wire.step((neighbour, 0, 2))
+        with wire.busy():
+            for num_queued in range(1, 7):
+                request = v1.DecodeOnceRequest(step=wire.step((victim, 0, 3), (neighbour, 1, 2)))
+                cancel_once_queued(wire, wire.stub.DecodeOnce, request, num_queued)
+            call = wire.stub.DecodeOnce.future(
+                v1.DecodeOnceRequest(step=kept), timeout=CALL_TIMEOUT_S
+            )
+            wait_until(lambda: len(wire.queue) == 7)
+        wire.check(kept, call.result().result, [(neighbour, 0)])
+
+
+def cancel_once_queued(wire: Wire, call: Any, request: Any, num_queued: int) -> None:
+    """Start a unary call, and leave it when the queue has come to this length; return once its place is free."""
+    future = call.future(request, timeout=CALL_TIMEOUT_S)
+    wait_until(lambda: len(wire.queue) == num_queued)
+    future.cancel()
+    wait_until(lambda: are_cancelled(wire, num_queued) and wire.num_free_calls == 2)
 
 
 @pytest.mark.parametrize(
@@ -278,54 +290,123 @@ def test_full_attention_ignores_the_position(wire: Wire) -> None:
         check(array(result.out), caching.layers[0].attend(q, start_pos=0, causal=False))
 
 
-def test_a_step_expires_also_while_its_stream_is_full(wire: Wire) -> None:
+def test_a_step_waits_and_expires_while_its_stream_is_full(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caching = wire.open()
     wire.append(caching, 0, 1)
     with wire.busy(), wire.stream() as stream:
+        arrivals = watch_arrivals(monkeypatch)
         for _ in range(4):
             stream.send(wire.step((caching, 0, 1), k=None, v=None, start_pos=[0]))
         late = wire.step((caching, 1, 1), timeout_ms=50)
         stream.send(late)
-        time.sleep(0.3)
+        wait_until(lambda: len(arrivals) == 5 and time.monotonic() > arrivals[4] + 0.05)
+        assert len(wire.queue) == 4
         wire.backend.open()
         results = {result.step_id: result for result in (stream.receive() for _ in range(5))}
         assert refusal_of(results[late.step_id].error).reason == "STEP_EXPIRED"
     assert wire.lengths(caching) == [1, 0]
 
 
+def watch_arrivals(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that grows by the time at which each step of a stream arrives at the server."""
+    arrivals: list[float] = []
+
+    def monotonic() -> float:
+        arrivals.append(time.monotonic())
+        return arrivals[-1]
+
+    clock = SimpleNamespace(monotonic=monotonic)
+    monkeypatch.setattr("octavo_server.step_stream.time", clock)
+    return arrivals
+
+
 def test_a_truncate_or_close_whose_caller_left_is_not_applied(wire: Wire) -> None:
-    caching = wire.open()
-    wire.append(caching, 0, 5)
-    truncate = v1.TruncateSessionRequest(session_id=caching.session_id, length=1)
-    close = v1.CloseSessionRequest(session_id=caching.session_id)
-    with wire.busy():
-        for _ in range(3):
-            for call, request in (
-                (wire.stub.TruncateSession, truncate),
-                (wire.stub.CloseSession, close),
-            ):
-                with pytest.raises(grpc.RpcError) as refused:
-                    call(request, timeout=0.1)
-                assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            time.sleep(0.05)
-    wire.append(caching, 0, 1)
-    assert wire.lengths(caching) == [6, 0]
+    with unharmed(wire) as (victim, neighbour), wire.stream() as stream:
+        truncate = v1.TruncateSessionRequest(session_id=victim.session_id, length=1)
+        close = v1.CloseSessionRequest(session_id=victim.session_id)
+        step = wire.step((victim, 0, 1), (neighbour, 0, 1))
+        with wire.busy():
+            for num_queued in (1, 3, 5):
+                cancel_once_queued(wire, wire.stub.TruncateSession, truncate, num_queued)
+                cancel_once_queued(wire, wire.stub.CloseSession, close, num_queued + 1)
+            stream.send(step)
+            wait_until(lambda: len(wire.queue) == 7)
+        wire.check(step, stream.receive(), [(victim, 0), (neighbour, 0)])
 
 
-def test_health_is_answered_while_calls_that_send_nothing_hold_every_thread() -> None:
+HEALTH = "grpc.health.v1.Health"
+
+
+@contextmanager
+def silent_calls(wire: Wire, count: int, *names: str) -> Iterator[list[Any]]:
+    """Open calls that send nothing until the block ends."""
+    may_end = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        may_end.wait(CALL_TIMEOUT_S)
+        yield from ()
+
+    try:
+        yield [wire.raw("stream_unary", *names).future(nothing()) for _ in range(count)]
+    finally:
+        may_end.set()
+
+
+@pytest.mark.parametrize(
+    "names", [("ServerInfo",), ("DecodeOnce",), ("Check", HEALTH), ("Watch", HEALTH)]
+)
+def test_calls_that_send_nothing_hold_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    """More silent calls than there are threads; the last ones stay, and yet everything is answered."""
+    monkeypatch.setattr(server_module, "MAX_SILENT_CALLS", 2)
     with serving(max_streams=1, max_unary_calls=1) as wire:
-        silent = threading.Event()
+        caching = wire.open()
+        with silent_calls(wire, 30, *names) as calls:
+            for call in islice(as_done(calls), 28):
+                assert call.code() is grpc.StatusCode.CANCELLED
+            assert wire.health("ready") == "SERVING"
+            assert wire.lengths(caching) == [0, 0]
+            wire.append(caching, 0, 3)
+            step = wire.step((caching, 0, 2))
+            answer = wire.stub.DecodeOnce(v1.DecodeOnceRequest(step=step), timeout=CALL_TIMEOUT_S)
+            wire.check(step, answer.result, [(caching, 0)])
 
-        def nothing() -> Iterator[bytes]:
-            silent.wait(CALL_TIMEOUT_S)
-            yield from ()
 
-        calls = [wire.raw("stream_unary", "GetSession").future(nothing()) for _ in range(20)]
-        time.sleep(0.3)
-        assert wire.health("ready") == "SERVING"
-        silent.set()
-        for call in calls:
-            call.cancel()
+def test_calls_that_come_all_at_once_are_not_taken_for_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_SILENT_CALLS", 1)
+    monkeypatch.setattr("octavo_server.request_reader.GRACE_S", CALL_TIMEOUT_S)
+    with serving() as wire:
+        request = v1.ServerInfoRequest()
+        calls = [wire.stub.ServerInfo.future(request, timeout=CALL_TIMEOUT_S) for _ in range(100)]
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+
+
+@pytest.mark.parametrize("names", [("OpenSession",), ("Check", HEALTH), ("Watch", HEALTH)])
+def test_a_unary_call_without_a_message_is_refused(wire: Wire, names: tuple[str, ...]) -> None:
+    call = wire.raw("stream_unary", *names)
+    with pytest.raises(grpc.RpcError) as refused:
+        call(iter([]), timeout=CALL_TIMEOUT_S)
+    refusal = refusal_of_call(refused.value)
+    assert (refusal.reason, refusal.metadata["field"]) == ("MALFORMED_MESSAGE", "request")
+    assert wire.sessions() == []
+
+
+def test_what_follows_the_message_of_a_unary_call_is_not_read(wire: Wire) -> None:
+    requests = [v1.OpenSessionRequest(model=MODEL).SerializeToString(), b"\xff\xff\xff"]
+    wire.raw("stream_unary", "OpenSession")(iter(requests), timeout=CALL_TIMEOUT_S)
+    assert len(wire.sessions()) == 1
+
+
+@pytest.mark.parametrize("name", ["Check", "Watch"])
+def test_bytes_that_are_no_message_are_refused_by_health_too(wire: Wire, name: str) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        wire.raw("unary_unary", name, HEALTH)(b"\xff\xff\xff", timeout=CALL_TIMEOUT_S)
+    assert refusal_of_call(refused.value).reason == "MALFORMED_MESSAGE"
 
 
 def test_a_client_that_falls_silent_gives_its_streams_back(

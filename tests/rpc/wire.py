@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from octavo import v1
 from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
 from octavo_client.oracle import AttentionOptions, OracleCache, check
+from octavo_server.scheduler import WorkItem
 from octavo_server.server import Server
 from tests.rpc.gated_backend import GatedBackend
 
@@ -65,9 +67,9 @@ class Wire:
         self.channel = grpc.insecure_channel(self.address, OPTIONS)
         self.stub: Any = OctavoServiceStub(self.channel)  # type: ignore[no-untyped-call]
 
-    def raw(self, kind: str, call: str) -> Any:
+    def raw(self, kind: str, call: str, service: str = "octavo.v1.OctavoService") -> Any:
         """Return a call that takes and returns bytes; kind is unary_unary, stream_unary or stream_stream."""
-        return getattr(self.channel, kind)(f"/octavo.v1.OctavoService/{call}")
+        return getattr(self.channel, kind)(f"/{service}/{call}")
 
     def open(self, model: str = MODEL, request_id: str = "") -> Caching:
         """Open a session."""
@@ -98,10 +100,34 @@ class Wire:
     def health(self, service: str) -> str:
         """Return what grpc.health.v1 says of a service."""
         request = health_pb2.HealthCheckRequest(service=service)
-        status = (
-            health_pb2_grpc.HealthStub(self.channel).Check(request, timeout=CALL_TIMEOUT_S).status
-        )
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+        response = health_pb2_grpc.HealthStub(self.channel).Check(request, timeout=CALL_TIMEOUT_S)
+        return _health_name(response)
+
+    def watch(self, service: str) -> Iterator[str]:
+        """Yield what grpc.health.v1 says of a service, now and whenever that changes."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        responses = health_pb2_grpc.HealthStub(self.channel).Watch(request, timeout=CALL_TIMEOUT_S)
+        return map(_health_name, responses)
+
+    @property
+    def queue(self) -> list[WorkItem[Any]]:
+        """What waits for its turn, in the order of arrival; `busy` lets it gather."""
+        return list(self.server._engine._scheduler._queue)
+
+    @property
+    def num_overdue(self) -> int:
+        """Steps of the queue whose time has passed."""
+        return sum(item.deadline <= time.monotonic() for item in self.queue)
+
+    @property
+    def num_free_streams(self) -> int:
+        """Streams that the server would take now."""
+        return self.server._service.streams._slots._value
+
+    @property
+    def num_free_calls(self) -> int:
+        """Waiting unary calls that the server would take now."""
+        return self.server._service._waiting_calls._slots._value
 
     def draw(self, num_tokens: int, num_heads: int) -> NDArray[np.float32]:
         """Return random rows."""
@@ -208,6 +234,10 @@ OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_leng
 _DTYPES = {np.dtype(np.float16): v1.DATA_TYPE_FLOAT16, np.dtype(np.float32): v1.DATA_TYPE_FLOAT32}
 
 
+def _health_name(response: health_pb2.HealthCheckResponse) -> str:
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+
 def tensor(values: NDArray[Any]) -> v1.Tensor:
     """Return an array as a message."""
     return v1.Tensor(data=values.tobytes(), dtype=_DTYPES[values.dtype], shape=values.shape)
@@ -238,3 +268,28 @@ def refusal_of_call(error: grpc.RpcError) -> Refusal:
     status = rpc_status.from_call(cast(grpc.Call, error))
     assert status is not None, error
     return refusal_of(status)
+
+
+def as_done(calls: list[Any]) -> Iterator[Any]:
+    """Yield calls as they end, without waiting for those that do not."""
+    ended: SimpleQueue[Any] = SimpleQueue()
+    for call in calls:
+        call.add_done_callback(ended.put)
+    for _ in calls:
+        yield ended.get(timeout=CALL_TIMEOUT_S)
+
+
+@contextmanager
+def unharmed(wire: Wire) -> Iterator[tuple[Caching, Caching]]:
+    """Give a session and a neighbour with tokens in them; afterwards both go on as if nothing had been."""
+    victim, neighbour = wire.open(), wire.open()
+    for caching in (victim, neighbour):
+        for layer in range(NUM_LAYERS):
+            wire.append(caching, layer, 5)
+    free = wire.num_free_blocks()
+    yield victim, neighbour
+    assert wire.num_free_blocks() == free
+    for caching in (victim, neighbour):
+        assert wire.lengths(caching) == [caching.length(layer) for layer in range(NUM_LAYERS)]
+        for layer in range(NUM_LAYERS):
+            wire.append(caching, layer, 2)

@@ -23,7 +23,7 @@ from octavo_server.model import ModelSpec
 
 
 class FakeBackend:
-    """Answers every query with its own q plus the entry's kv_len; a NaN in k or v is an offence.
+    """Answers every query with its own q plus the entry's kv_len; a NaN in k or v is an offence; lse is kv_len + 0.5.
 
     Attributes:
         batches: Every batch appended or attended, in order.
@@ -83,7 +83,7 @@ class FakeBackend:
         self._run(batch)
         kv_lens = np.repeat(batch.kv_lens, np.diff(batch.token_starts))
         out = q + kv_lens[:, None, None].astype(q.dtype)
-        lse = np.zeros(q.shape[:2], np.float32) if return_lse else None
+        lse = np.full(q.shape[:2], kv_lens[:, None] + 0.5, np.float32) if return_lse else None
         return DecodeOutput(out, lse, np.full(batch.num_entries, NO_OFFENCE, np.int64))
 
     def step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -98,7 +99,7 @@ def test_a_fault_of_the_client_is_said_and_survived(
     fail_once(monkeypatch, method)
     if method == "expire":
         server.on_step = lambda step: SILENCE
-    future = session.submit(0, *tensors(), timeout=0.5)
+    future = session.submit(0, *tensors(), timeout=0.5 if method == "expire" else 5.0)
     error = future.exception(10)
     assert type(error) is oc.InterruptedCall
     assert "planted fault" in str(error)
@@ -119,8 +120,9 @@ def test_a_fault_of_the_asyncio_client_is_said_and_survived(
         fail_once(monkeypatch, method)
         if method == "expire":
             server.on_step = lambda step: SILENCE
+        timeout = 0.5 if method == "expire" else 5.0
         with pytest.raises(oc.InterruptedCall, match="planted fault"):
-            await asyncio.wait_for(session.decode(0, *tensors(), timeout=0.5), 10)
+            await asyncio.wait_for(session.decode(0, *tensors(), timeout=timeout), 10)
         server.on_step = lambda step: None
         await session.decode(0, *tensors())
 
@@ -155,7 +157,10 @@ def test_the_longest_timeouts_work_with_asyncio(server: FakeServer) -> None:
 def test_a_refused_stream_leaves_the_fate_of_its_steps_open(
     server: FakeServer, session: oc.Session
 ) -> None:
+    are_submitted = threading.Event()
+
     def act(step: Any) -> pb.StepResult:
+        assert are_submitted.wait(10)
         server.serve(step)
         server.on_step = lambda step: None
         server.before["Decode"] = refusing(status("DEVICE_FAILURE", "INTERNAL"))
@@ -164,6 +169,7 @@ def test_a_refused_stream_leaves_the_fate_of_its_steps_open(
 
     server.on_step = act
     futures = [session.submit(0, *tensors()) for _ in range(2)]
+    are_submitted.set()
     applied, held = (future.exception(10) for future in futures)
     assert isinstance(applied, oc.ConnectionLost)
     assert applied.may_be_applied
@@ -249,7 +255,8 @@ def test_a_proxy_in_the_environment_is_not_asked(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
     with oc.Client(server.target, retry=oc.Retry(max_attempts=1)) as client:
         assert client.server_info().incarnation == "run1"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -27,6 +26,7 @@ from tests.unit.client_fakes import (
     refusing,
     status,
 )
+from tests.waiting import until, wait_until
 
 QUICK = oc.Retry(max_attempts=5, initial_backoff_s=0.01, max_backoff_s=0.05)
 SILENCE = pb.StepResult()
@@ -142,8 +142,10 @@ def test_many_steps_survive_many_breaks(server: FakeServer, session: oc.Session)
 
 def test_results_come_in_any_order(server: FakeServer, session: oc.Session) -> None:
     held: list[pb.StepResult] = []
+    may_answer = threading.Event()
 
     def act(step: Any) -> pb.StepResult:
+        assert may_answer.wait(10)
         if not held:
             held.append(server.serve(step))
             return SILENCE
@@ -156,26 +158,26 @@ def test_results_come_in_any_order(server: FakeServer, session: oc.Session) -> N
     futures = [session.submit(layer, *tensors()) for layer in range(NUM_LAYERS)]
     for layer, future in enumerate(futures):
         future.add_done_callback(partial(lambda layer, _: finished.append(layer), layer))
+    may_answer.set()
     for future in futures:
         future.result()
     assert finished == [1, 0]
 
 
 def test_appends_of_a_layer_are_sent_one_by_one(server: FakeServer, session: oc.Session) -> None:
-    may_answer = threading.Event()
-
-    def act(_step: Any) -> None:
-        assert may_answer.wait(10)
-
-    server.on_step = act
+    server.on_step = lambda step: SILENCE if step.layers[0] == 0 else None
     futures = [session.submit(0, *tensors()) for _ in range(3)]
     assert session.lengths == (3, 0)
-    time.sleep(0.1)
-    assert len(server.steps) == 1
-    may_answer.set()
+    # What the stream carries arrives in order: all that was sent before this step is there once it is answered.
+    session.decode(1, *tensors())
+    first, _ = server.steps
+    server.on_step = lambda step: None
+    for results in server.streams:
+        results.put(server.serve(first))
     for future in futures:
         future.result()
-    assert [step.start_pos[0] for step in server.steps] == [0, 1, 2]
+    appends = [(step.layers[0], step.start_pos[0]) for step in server.steps]
+    assert appends == [(0, 0), (1, 0), (0, 1), (0, 2)]
 
 
 def test_the_attempts_are_used_up(server: FakeServer, session: oc.Session) -> None:
@@ -257,13 +259,14 @@ def test_silence_ends_in_a_timeout_that_says_what_is_known(
     server: FakeServer, session: oc.Session
 ) -> None:
     server.on_step = lambda step: SILENCE
-    futures = [session.submit(0, *tensors(), timeout=seconds) for seconds in (0.2, 0.1)]
+    futures = [session.submit(0, *tensors(), timeout=seconds) for seconds in (2.0, 1.0)]
+    wait_until(lambda: server.steps)
     fates = [future.exception(10) for future in futures]
     assert [(type(fate), fate.may_be_applied) for fate in fates] == [  # type: ignore[union-attr]
         (oc.StepTimeout, True),
         (oc.StepTimeout, False),
     ]
-    assert server.steps[0].timeout_ms <= 180
+    assert server.steps[0].timeout_ms <= 1800
     server.on_step = lambda step: None
     session.decode(0, *tensors())
     assert server.calls["GetSession"] == 1
@@ -281,12 +284,17 @@ def test_asyncio_timeouts_and_cancelling(server: FakeServer) -> None:
     async def main(client: oc.AsyncClient) -> None:
         session = await client.open_session("tiny")
         server.on_step = lambda step: SILENCE
+        overdue = await session.submit(0, *tensors(), timeout=1.0)
+        await until(lambda: len(server.steps) == 1)
         with pytest.raises(oc.StepTimeout) as raised:
-            await session.decode(0, *tensors(), timeout=0.1)
+            await overdue
         assert raised.value.may_be_applied
         await session.refresh()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(session.decode(0, *tensors()), 0.1)
+        decoding = asyncio.create_task(session.decode(0, *tensors()))
+        await until(lambda: len(server.steps) == 2)
+        decoding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await decoding
         server.on_step = lambda step: None
         # The step given up holds nothing back, and its fate is asked for.
         await session.decode(0, *tensors())

@@ -16,6 +16,7 @@ from octavo_server.session_store import SessionStore
 from octavo_server.step import StepAnswer, StepRequest
 from tests.unit.conftest import make_spec
 from tests.unit.fake_backend import FakeBackend
+from tests.waiting import wait_until
 
 WAIT_S = 10
 
@@ -63,19 +64,23 @@ class Bench:
         self.backend.batches.clear()
 
 
-def rows(num_tokens: int, num_heads: int, head_dim: int = 8) -> HostArray:
-    return np.ones((num_tokens, num_heads, head_dim), np.float32)
+def rows(num_tokens: int, num_heads: int, head_dim: int = 8, dtype: type = np.float32) -> HostArray:
+    return np.ones((num_tokens, num_heads, head_dim), dtype)
 
 
 def step(
-    *entries: tuple[int, int, int, int], has_kv: bool = True, head_dim: int = 8, **options: object
+    *entries: tuple[int, int, int, int],
+    has_kv: bool = True,
+    head_dim: int = 8,
+    dtype: type = np.float32,
+    **options: object,
 ) -> StepRequest:
     """Return a step of (handle, layer, start_pos, num_tokens) entries."""
     handles, layers, start_pos, num_tokens = zip(*entries, strict=True)
     total = sum(num_tokens)
-    values: dict[str, object] = {"q": rows(total, 4, head_dim)}
+    values: dict[str, object] = {"q": rows(total, 4, head_dim, dtype)}
     if has_kv:
-        values |= {"k": rows(total, 2, head_dim), "v": rows(total, 2, head_dim)}
+        values |= {name: rows(total, 2, head_dim, dtype) for name in "kv"}
     return StepRequest(handles, layers, start_pos, num_tokens, **(values | options))  # type: ignore[arg-type]
 
 
@@ -113,7 +118,12 @@ def test_one_bad_entry_leaves_its_neighbours_answered(bench: Bench) -> None:
     bench.engine.close_session(bench.id_of(gone)).result(WAIT_S)
     free = bench.pool.num_free
     request = step(
-        (bad, 0, 0, 20), (good, 0, 0, 2), (bad, 1, 5, 1), (gone, 0, 0, 1), (bad, 2, 0, 1)
+        (bad, 0, 0, 20),
+        (good, 0, 0, 2),
+        (bad, 1, 5, 1),
+        (gone, 0, 0, 1),
+        (bad, 2, 0, 1),
+        return_lse=True,
     )
     assert request.k is not None
     request.k[7, 1, 3] = np.nan
@@ -128,6 +138,8 @@ def test_one_bad_entry_leaves_its_neighbours_answered(bench: Bench) -> None:
     assert answer.entry_errors[0].metadata == {"field": "k", "token": "7", "head": "1"}
     assert answer.out is not None
     assert answer.out[:, 0, 0].tolist() == [0] * 20 + [3, 3] + [0] * 3
+    assert answer.lse is not None
+    assert answer.lse[:, 0].tolist() == [0] * 20 + [2.5, 2.5] + [0] * 3
     assert bench.engine.get_session(bench.id_of(bad)).lengths == (0, 0)
     assert bench.pool.num_free == free - 1
 
@@ -159,6 +171,34 @@ def test_queued_steps_share_one_launch(bench: Bench) -> None:
         assert out is not None
         assert out.shape == (2, 4, 8)
         assert out[0, 0, 0] == 3
+    assert bench.backend.batches[-1].num_entries == 3
+
+
+def test_steps_of_two_dtypes_do_not_share_a_launch(bench: Bench) -> None:
+    handles = [bench.open() for _ in range(2)]
+    bench.hold()
+    answers = [
+        bench.submit(step((handle, 0, 0, 2), dtype=dtype))
+        for handle, dtype in zip(handles, (np.float16, np.float32), strict=True)
+    ]
+    bench.backend.may_run.set()
+    outs = [answer.get(timeout=WAIT_S).out for answer in answers]
+    assert [out is not None and out.dtype for out in outs] == [np.float16, np.float32]
+    assert [batch.num_entries for batch in bench.backend.batches[-2:]] == [1, 1]
+
+
+def test_steps_that_share_a_launch_get_the_lse_that_each_asked_for(bench: Bench) -> None:
+    handles = [bench.open() for _ in range(3)]
+    bench.hold()
+    answers = [
+        bench.submit(step((handle, 0, 0, num_tokens), return_lse=num_tokens == 2))
+        for num_tokens, handle in enumerate(handles, start=1)
+    ]
+    bench.backend.may_run.set()
+    before, asked, after = (answer.get(timeout=WAIT_S).lse for answer in answers)
+    assert before is after is None
+    assert asked is not None
+    assert asked[:, 0].tolist() == [2.5, 2.5]
     assert bench.backend.batches[-1].num_entries == 3
 
 
@@ -249,7 +289,7 @@ def test_stopping_refuses_what_never_had_its_turn(bench: Bench) -> None:
     closing = bench.engine.close_session(bench.id_of(handle))
     stopping = threading.Thread(target=bench.engine.stop)
     stopping.start()
-    time.sleep(0.05)
+    wait_until(lambda: bench.engine._is_stopped)
     bench.backend.may_run.set()
     stopping.join(WAIT_S)
     error = waiting.get(timeout=WAIT_S).error
