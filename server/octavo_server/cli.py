@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 1 when this machine cannot do what was asked, 2 for mistakes in the arguments or
-        the configuration.
+        the configuration, 3 when the device failed while serving.
     """
     args = _parser().parse_args(argv)
     try:

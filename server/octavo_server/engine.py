@@ -137,6 +137,11 @@ class Engine:
             _refuse(queued, errors.draining())
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the backend has failed: nothing is run any more."""
+        return self._has_failed
+
+    @property
     def num_sessions(self) -> int:
         """Open sessions."""
         return len(self._sessions)
@@ -270,7 +275,7 @@ class Engine:
 
     def _check_accepting(self) -> None:
         if self._has_failed:
-            raise _device_failure()
+            raise errors.device_failure()
         if self._is_draining:
             raise errors.draining()
 
@@ -298,7 +303,7 @@ class Engine:
     def _run(self, batch: Sequence[_Queued]) -> None:
         try:
             if self._has_failed:
-                raise _device_failure()
+                raise errors.device_failure()
             steps = [queued for queued in batch if isinstance(queued, _QueuedStep)]
             if steps:
                 self._run_steps(steps)
@@ -308,7 +313,7 @@ class Engine:
         except Exception as error:
             self._fail(error)
             for queued in batch:
-                _refuse(queued, _device_failure())
+                _refuse(queued, errors.device_failure())
 
     def _run_change(self, queued: _QueuedChange) -> None:
         if not queued.future.set_running_or_notify_cancel():
@@ -390,8 +395,3 @@ def _expired(queued: _Queued) -> OctavoError:
     timeout_ms = queued.request.timeout_ms
     message = f"the step waited {timeout_ms} ms in the queue and was not applied; send it again, with more time"
     return OctavoError(Reason.STEP_EXPIRED, message, timeout_ms=timeout_ms)
-
-
-def _device_failure() -> OctavoError:
-    message = "the server's device failed; its cache is lost, go to another server"
-    return OctavoError(Reason.DEVICE_FAILURE, message)

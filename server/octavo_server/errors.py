@@ -143,5 +143,11 @@ def draining() -> OctavoError:
     return OctavoError(Reason.DRAINING, "the server is shutting down; retry on another one")
 
 
+def device_failure() -> OctavoError:
+    """Return the refusal of all work by a server whose device has failed."""
+    message = "the server's device failed; its cache is lost, go to another server"
+    return OctavoError(Reason.DEVICE_FAILURE, message)
+
+
 def _shorten(text: str, max_len: int) -> str:
     return text if len(text) <= max_len else text[: max_len - 1] + "…"

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from typing import Any
@@ -15,7 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from octavo_server import codec
+from octavo_server import codec, errors
 from octavo_server.backends.base import Backend, UnsupportedError, alloc_paged_int8_cache
 from octavo_server.backends.registry import create_backend
 from octavo_server.block_pool import BlockPool
@@ -62,6 +62,9 @@ KEEPALIVE_TIMEOUT_MS = 10_000
 STREAM_END_S = 5.0
 """Grace for streams to end once they have been told."""
 
+EXIT_DEVICE_FAILURE = 3
+"""Exit code of a process whose device failed: only another process can use it again."""
+
 GIB = 2**30
 
 
@@ -70,19 +73,21 @@ class Server:
 
     Args:
         config: What to serve.
+        on_failure: Called once, from the engine's thread, when the device fails.
 
     Raises:
         UnsupportedError: The backend, a model or its pool does not work here; the text says what does.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, on_failure: Callable[[], None] = lambda: None) -> None:
         self._config = config
+        self._on_failure = on_failure
         incarnation = secrets.token_hex(4)
         backend = create_backend(config.backend, config.num_threads)
         pools = _alloc_pools(backend, config.models)
         sessions = SessionStore(incarnation, config.max_sessions)
         self._health = health.HealthServicer()
-        self._engine = Engine(backend, pools, sessions, on_failure=self._set_unready)
+        self._engine = Engine(backend, pools, sessions, on_failure=self._fail)
         identity = Identity(
             software_version(), incarnation, backend.name, backend.description, config.max_sessions
         )
@@ -113,17 +118,22 @@ class Server:
         return self.port
 
     def stop(self) -> bool:
-        """Refuse new work, finish what was accepted, end the streams.
+        """Refuse new work, finish what was accepted (or, where the device failed, refuse it), end the streams.
 
         Returns:
             Whether everything accepted was finished within the config's drain_timeout_s.
         """
         self._set_unready()
         is_drained = self._engine.drain(self._config.drain_timeout_s)
-        self._service.end_streams()
+        has_failed = self._engine.has_failed
+        self._service.end_streams(errors.device_failure() if has_failed else errors.draining())
         self._grpc.stop(STREAM_END_S).wait()
         self._engine.stop()
         return is_drained
+
+    def _fail(self) -> None:
+        self._set_unready()
+        self._on_failure()
 
     def _set_unready(self) -> None:
         for name in READY_SERVICES:
@@ -131,20 +141,26 @@ class Server:
 
 
 def run(config: ServerConfig) -> int:
-    """Serve until SIGTERM or SIGINT, then finish what is in flight.
+    """Serve until SIGTERM or SIGINT, then finish what is in flight; or until the device fails.
 
     Returns:
-        The process's exit code: 0, or 1 when accepted work was left unfinished.
+        The process's exit code: 0; 1 when accepted work was left unfinished; EXIT_DEVICE_FAILURE when the device
+        failed, so that a supervisor starts another process.
 
     Raises:
         UnsupportedError: The config cannot be served on this machine.
     """
-    server = Server(config)
-    signals = _watch_signals()
+    alarm = _Alarm()
+    server = Server(config, on_failure=alarm.ring)
+    alarm.watch_signals()
     port = server.start()
     # Scripts that start a server with --port 0 read this line.
     print(f"listening on {_join_host_port(config.host, port)}", flush=True)
-    (signal_number,) = signals.read(1)
+    signal_number = alarm.wait()
+    if signal_number is None:
+        server.stop()
+        log.critical("stopped, for the device failed; exit code %d", EXIT_DEVICE_FAILURE)
+        return EXIT_DEVICE_FAILURE
     log.info("%s: finishing what is in flight", signal.Signals(signal_number).name)
     if server.stop():
         log.info("stopped; everything accepted was finished")
@@ -155,18 +171,32 @@ def run(config: ServerConfig) -> int:
     return 1
 
 
-def _watch_signals() -> FileIO:
-    """Return a pipe that gets a byte, its number, for each SIGTERM or SIGINT from now on.
+class _Alarm:
+    """Wakes the main thread: a pipe that gets a byte for each SIGTERM or SIGINT, its number, or 0 when rung.
 
     Python runs a signal's handler once the main thread comes back from what blocks it, and a signal that another thread
     took, or that came just before, does not bring it back. A byte in a pipe does.
     """
-    read_fd, write_fd = os.pipe()
-    os.set_blocking(write_fd, False)
-    signal.set_wakeup_fd(write_fd)
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, lambda *_: None)
-    return FileIO(read_fd)
+
+    def __init__(self) -> None:
+        read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)
+        self._pipe = FileIO(read_fd)
+
+    def watch_signals(self) -> None:
+        """Ring at signals from now on, rather than die of them."""
+        signal.set_wakeup_fd(self._write_fd)
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, lambda *_: None)
+
+    def ring(self) -> None:
+        """Wake the main thread without a signal."""
+        os.write(self._write_fd, b"\0")
+
+    def wait(self) -> int | None:
+        """Wait for a signal and return its number, or None when rung without one."""
+        (number,) = self._pipe.read(1)
+        return number or None
 
 
 def _alloc_pools(backend: Backend, models: tuple[ModelConfig, ...]) -> dict[str, ModelPool]:

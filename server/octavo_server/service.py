@@ -104,10 +104,10 @@ class OctavoService:
         self.streams = Gate(Reason.STREAM_LIMIT, "streams", limits.max_streams)
         self._step_streams: set[StepStream] = set()
 
-    def end_streams(self) -> None:
-        """End every Decode stream with DRAINING; call it once the engine has drained."""
+    def end_streams(self, error: OctavoError) -> None:
+        """End every Decode stream with an error; call it once the engine has drained."""
         for stream in list(self._step_streams):
-            stream.end_drained()
+            stream.end(error)
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """Return the calls as a handler for grpc.Server."""

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import grpc
 
 from octavo import v1
-from octavo_server import codec, errors, status
+from octavo_server import codec, status
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.step import StepAnswer
@@ -46,7 +46,8 @@ class StepStream:
         self._responses: SimpleQueue[v1.DecodeResponse | None] = SimpleQueue()
         self._num_read = 0
         self._has_read_all = False
-        self._is_cancelled = self._is_drained = False
+        self._is_cancelled = False
+        self._end: OctavoError | None = None
 
     def run(self) -> Iterator[bytes]:
         """Yield results until the client has sent its last step and has every answer, or is gone."""
@@ -63,12 +64,12 @@ class StepStream:
                 num_sent += 1
                 self._slots.release()
                 yield response.SerializeToString()
-            elif self._is_drained:
-                status.abort(self._context, errors.draining())
+            elif self._end is not None:
+                status.abort(self._context, self._end)
 
-    def end_drained(self) -> None:
-        """End the stream with DRAINING, once every step accepted has been answered."""
-        self._is_drained = True
+    def end(self, error: OctavoError) -> None:
+        """End the stream with an error, once every answer that is there has gone out."""
+        self._end = error
         self._responses.put(None)
 
     def _cancel(self) -> None:

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2
 
 from octavo import v1
 from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
@@ -22,10 +24,15 @@ MODEL = "name=tiny,num_layers=1,num_q_heads=8,num_kv_heads=2,head_dim=64,max_con
 WAIT_S = 60
 
 
+FAILING_SERVER = str(Path(__file__).with_name("failing_server.py"))
+
+
 @contextmanager
-def server_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server_process(
+    *flags: str, program: tuple[str, ...] = ("-m", "octavo_server")
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Start `octavo-server serve` and give it with the address that it printed."""
-    command = [sys.executable, "-m", "octavo_server", "serve", "--port", "0", "--model", MODEL]
+    command = [sys.executable, *program, "serve", "--port", "0", "--model", MODEL]
     with subprocess.Popen(
         [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -38,8 +45,8 @@ def server_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.kill()
 
 
-def random_step(handle: int, num_tokens: int) -> v1.DecodeRequest:
-    """Return a step of float32 noise that appends to an empty layer."""
+def random_step(handle: int, num_tokens: int, start_pos: int = 0) -> v1.DecodeRequest:
+    """Return a step of float32 noise that appends to layer 0."""
     rng = np.random.default_rng(3)
 
     def tensor(num_heads: int) -> v1.Tensor:
@@ -51,7 +58,7 @@ def random_step(handle: int, num_tokens: int) -> v1.DecodeRequest:
             step_id=1,
             session_handles=[handle],
             layers=[0],
-            start_pos=[0],
+            start_pos=[start_pos],
             num_tokens=[num_tokens],
             q=tensor(8),
             k=tensor(2),
@@ -101,6 +108,29 @@ def has_ipv6_loopback() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6_loopback(), reason="this machine has no IPv6 loopback, ::1")
+def test_a_device_failure_ends_the_process_with_a_code_of_its_own() -> None:
+    """The first step is answered, the second is told of the failure, and so are calls that come after it."""
+    with server_process(program=(FAILING_SERVER,)) as (process, address):
+        stub = OctavoServiceStub(grpc.insecure_channel(address))  # type: ignore[no-untyped-call]
+        request = v1.OpenSessionRequest(model="tiny")
+        session = stub.OpenSession(request, timeout=WAIT_S).session
+        steps: SimpleQueue[v1.DecodeRequest] = SimpleQueue()
+        call = stub.Decode(iter(steps.get, None), timeout=WAIT_S)
+        steps.put(random_step(session.session_handle, 2))
+        assert list(next(call).result.out.shape) == [2, 8, 64]
+        steps.put(random_step(session.session_handle, 2, start_pos=2))
+        (detail,) = next(call).result.error.details
+        info = error_details_pb2.ErrorInfo()
+        assert detail.Unpack(info)
+        assert info.reason == "DEVICE_FAILURE"
+        with pytest.raises(grpc.RpcError) as ended:
+            next(call)
+        assert ended.value.code() == grpc.StatusCode.INTERNAL
+        assert process.wait(WAIT_S) == 3
+        assert process.stderr is not None
+        assert "stopped, for the device failed; exit code 3" in process.stderr.read()
+
+
 def test_an_address_in_brackets_is_listened_on() -> None:
     command = [sys.executable, "-m", "octavo_server", "serve", "--port", "0", "--model", MODEL]
     flags = ["--backend", "reference", "--host", "[::1]"]

@@ -61,6 +61,7 @@ __global__ void leftover_kernel(const TestParams params) {
     return;
   }
   StoreShared(shared, 7);
+  CommitCopies();
   WaitCopies<0>();
   StoreGlobal(OutputAs<int32_t>(params) + Thread(), LoadShared(shared));
 }
