@@ -1,7 +1,9 @@
 // Rows of an entry (query token, query head of the group) are cut into tiles of 8 that share each
 // read of K and V. A tile attends to one run of context, and is cut into spans where the launch
 // would leave multiprocessors idle: as many as fill them once, and none shorter than kMinSpan. In a
-// deterministic model spans are kDeterministicSpan positions, whatever the device and the batch.
+// deterministic model spans are kDeterministicSpan positions, whatever the device and the batch; an
+// entry of many tiles is not split there, for it fills a device by itself, and its partial results
+// would fill the memory.
 
 #include "cuda/plan.h"
 
@@ -12,6 +14,7 @@ namespace {
 
 constexpr int32_t kMinSpan = 256;
 constexpr int32_t kDeterministicSpan = 1024;
+constexpr int32_t kMaxDeterministicTiles = 16;
 constexpr int32_t kSpanStep = 64;  // a tile of 16 tokens for each of a block's 4 warps
 constexpr int32_t kMaxSpan = 1 << 30;
 
@@ -84,20 +87,26 @@ int32_t SpanThatFills(const std::vector<DecodeItem>& tiles, int64_t max_items) {
   return static_cast<int32_t>(std::min<int64_t>(high * kSpanStep, kMaxSpan));
 }
 
+// Spans of an entry in a deterministic model: by what the entry itself brings.
+int32_t DeterministicSpan(const PagedInt8Cache& cache, const RaggedBatch& batch, int32_t entry) {
+  const int64_t num_rows = int64_t{batch.NumTokens(entry)} * cache.GroupSize();
+  return CeilDivide(num_rows, kTileRows) > kMaxDeterministicTiles ? kMaxSpan : kDeterministicSpan;
+}
+
 // Adds a tile's items, one a span.
-void AddItems(const DecodeItem& tile, DecodePlan* plan) {
+void AddItems(const DecodeItem& tile, int32_t span_len, DecodePlan* plan) {
   DecodeItem item = tile;
-  item.num_splits = NumSpans(tile, plan->span_len);
+  item.num_splits = NumSpans(tile, span_len);
   if (item.num_splits > 1) {
     item.first_partial = plan->num_partials;
     item.counter = plan->num_counters++;
     plan->num_partials += item.num_splits;
   }
-  const int64_t first_span = tile.begin / plan->span_len;
+  const int64_t first_span = tile.begin / span_len;
   for (item.split_idx = 0; item.split_idx < item.num_splits; ++item.split_idx) {
-    const int64_t start = (first_span + item.split_idx) * plan->span_len;
+    const int64_t start = (first_span + item.split_idx) * span_len;
     item.begin = static_cast<int32_t>(std::max<int64_t>(tile.begin, start));
-    item.end = static_cast<int32_t>(std::min<int64_t>(tile.end, start + plan->span_len));
+    item.end = static_cast<int32_t>(std::min<int64_t>(tile.end, start + span_len));
     plan->items.push_back(item);
   }
 }
@@ -114,8 +123,12 @@ void PlanDecode(const PagedInt8Cache& cache, const int32_t* windows, const Ragge
                             std::max(cache.num_kv_heads, 1);
   plan->items.clear();
   plan->num_partials = plan->num_counters = 0;
-  plan->span_len = cache.is_deterministic ? kDeterministicSpan : SpanThatFills(tiles, max_items);
-  for (const DecodeItem& tile : tiles) AddItems(tile, plan);
+  const int32_t shared_span = cache.is_deterministic ? 0 : SpanThatFills(tiles, max_items);
+  for (const DecodeItem& tile : tiles) {
+    const int32_t span_len =
+        cache.is_deterministic ? DeterministicSpan(cache, batch, tile.entry) : shared_span;
+    AddItems(tile, span_len, plan);
+  }
 }
 
 }  // namespace octavo::cuda

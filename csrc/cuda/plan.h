@@ -11,11 +11,10 @@
 
 namespace octavo::cuda {
 
-// Items in the order of entries, rows and spans. Spans end at multiples of span_len, so that an
-// entry's answer depends on where its own context lies, and on the batch through span_len alone.
+// Items in the order of entries, rows and spans. Spans end at multiples of one length, which in a
+// deterministic model depends on the entry alone, else on the batch.
 struct DecodePlan {
   std::vector<DecodeItem> items;
-  int32_t span_len = 0;
   int32_t num_partials = 0;
   int32_t num_counters = 0;
 };

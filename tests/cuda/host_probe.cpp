@@ -18,7 +18,7 @@ using octavo::cuda::StepShape;
 
 // Args:
 //   heads: q heads, kv heads, whether deterministic.
-//   totals: [3] span_len, num_partials, num_counters; written.
+//   totals: [2] num_partials, num_counters; written.
 // Returns the number of items, of which the first max_items are written.
 PROBE int32_t probe_plan(const int32_t* heads, const int32_t* windows, const RaggedBatch* batch,
                          const DecodeOccupancy* occupancy, DecodeItem* items, int32_t max_items,
@@ -31,13 +31,13 @@ PROBE int32_t probe_plan(const int32_t* heads, const int32_t* windows, const Rag
   octavo::cuda::PlanDecode(cache, windows, *batch, *occupancy, &plan);
   const auto num_items = static_cast<int32_t>(plan.items.size());
   std::copy_n(plan.items.begin(), std::min(num_items, max_items), items);
-  totals[0] = plan.span_len;
-  totals[1] = plan.num_partials;
-  totals[2] = plan.num_counters;
+  totals[0] = plan.num_partials;
+  totals[1] = plan.num_counters;
   return num_items;
 }
 
-// Args: sizes: the numbers of StepShape, in its order. offsets: [16] those of StagingLayout; written.
+// Args: sizes: the numbers of StepShape, in its order. offsets: [16] those of StagingLayout;
+// written.
 PROBE void probe_staging(const int64_t* sizes, int64_t* offsets) {
   StepShape shape = {};
   std::memcpy(&shape, sizes, 8 * sizeof(int64_t));

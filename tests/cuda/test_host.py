@@ -20,6 +20,7 @@ from tests.cuda.build import CSRC, load_emulated
 TILE_ROWS = 8
 MIN_SPAN = 256
 DETERMINISTIC_SPAN = 1024
+SPAN_STEP = 64
 MAX_ITEMS = 100_000
 BATCH_ARRAYS = ("layers", "start_pos", "token_starts", "kv_lens", "is_causal", "block_tables")
 TOKEN_ARRAYS = ("slot_mapping", "row_entries", "items", "k", "v", "q")
@@ -70,7 +71,6 @@ class Plan:
     """What the planner made of a batch."""
 
     items: list[Item]
-    span_len: int
     num_partials: int
     num_counters: int
 
@@ -105,7 +105,7 @@ def make_plan(
     )
     heads = (ctypes.c_int32 * 3)(group_size * num_kv_heads, num_kv_heads, deterministic)
     windows, occupancy = (ctypes.c_int32 * 2)(0, window), (ctypes.c_int32 * 2)(num_slots // 2, 2)
-    items, totals = (Item * MAX_ITEMS)(), (ctypes.c_int32 * 3)()
+    items, totals = (Item * MAX_ITEMS)(), (ctypes.c_int32 * 2)()
     struct = ctypes.byref(batch_struct(batch))
     num_items = probe.probe_plan(heads, windows, struct, occupancy, items, MAX_ITEMS, totals)
     return Plan(list(items[:num_items]), *totals)
@@ -132,7 +132,6 @@ def test_short_contexts_are_not_split(probe: ctypes.CDLL) -> None:
 def test_a_long_context_is_split_until_the_device_is_full(probe: ctypes.CDLL) -> None:
     """24 blocks for 2 kv heads: 12 spans of the one entry, of whole steps of 64."""
     plan = make_plan(probe, [Request(kv_len=12_000)])
-    assert plan.span_len == 1024
     assert len(plan.items) == 12
     assert spans(plan)[0] == (0, 0, 4, 0, 1024, 0, 12)
     assert spans(plan)[-1] == (0, 0, 4, 11_264, 12_000, 11, 12)
@@ -211,7 +210,7 @@ def test_every_row_sees_its_context_once(
         assert rows[entry] == list(range(request.num_tokens * group_size))
     assert partials == list(range(plan.num_partials))
     assert counters == list(range(plan.num_counters))
-    check_span(plan, num_slots // 2, deterministic)
+    check_spans(plan, num_slots // 2, deterministic)
 
 
 def check_tile(tile: list[Item], request: Request, group_size: int, window: int = 100) -> None:
@@ -229,19 +228,26 @@ def check_tile(tile: list[Item], request: Request, group_size: int, window: int 
     assert (tile[0].begin, tile[-1].end) == (begin, end)
 
 
-def check_span(plan: Plan, max_items: int, deterministic: bool) -> None:
-    """Check that spans end at multiples of one length, which is no shorter than the device asks for."""
-    for item in plan.items:
-        assert (
-            item.begin == item.end
-            or item.end - 1 < (item.begin // plan.span_len + 1) * plan.span_len
-        )
+def check_spans(plan: Plan, max_items: int, deterministic: bool) -> None:
+    """Check that splits end at multiples of one length, and are no more than the device asks for."""
+    inner_ends = [item.end for item in plan.items if item.split_idx + 1 < item.num_splits]
     if deterministic:
-        assert plan.span_len == DETERMINISTIC_SPAN
+        assert all(end % DETERMINISTIC_SPAN == 0 for end in inner_ends)
         return
-    assert plan.span_len >= MIN_SPAN
-    if any(item.num_splits > 1 for item in plan.items):
+    span_len = np.gcd.reduce(inner_ends) if inner_ends else 0
+    assert span_len % SPAN_STEP == 0
+    assert all(item.end - item.begin <= span_len for item in plan.items if item.num_splits > 1)
+    if inner_ends:
+        assert span_len >= MIN_SPAN
         assert len(plan.items) <= max_items, "a split where the device is full already"
+
+
+def test_a_deterministic_prompt_fills_the_device_unsplit(probe: ctypes.CDLL) -> None:
+    """16 tiles of an entry are split, 17 are not: the partial results of a long prompt would fill memory."""
+    few = make_plan(probe, [Request(num_tokens=32, kv_len=5_000)], deterministic=True)
+    many = make_plan(probe, [Request(num_tokens=33, kv_len=5_000)], deterministic=True)
+    assert {item.num_splits for item in few.items} == {5}
+    assert {item.num_splits for item in many.items} == {1}
 
 
 @pytest.mark.parametrize("others", [0, 1, 30])

@@ -13,7 +13,6 @@ namespace octavo::emulator {
 namespace {
 
 constexpr size_t kGapBytes = 512;  // between allocations, so that none runs on into the next
-const Range kNoRange = {0, 0, 0, nullptr, false};
 
 // By address.
 std::map<uintptr_t, Range>& Ranges() {
@@ -21,7 +20,7 @@ std::map<uintptr_t, Range>& Ranges() {
   return ranges;
 }
 
-void ForgetRecent() { std::fill(std::begin(g_recent), std::end(g_recent), &kNoRange); }
+void ForgetRecent() { std::fill(std::begin(g_recent), std::end(g_recent), nullptr); }
 
 // The last allocation that begins at an address or below, or null.
 const Range* RangeBelow(uintptr_t address) {
@@ -75,10 +74,6 @@ void FailOutside(const Site& site, uintptr_t address, size_t num_bytes) {
 }  // namespace
 
 const Range* g_recent[kNumRecent] = {};
-
-namespace {
-[[maybe_unused]] const bool kIsForgotten = (ForgetRecent(), true);
-}  // namespace
 
 void* Allocate(size_t num_bytes) {
   const uintptr_t begin = FindGap(num_bytes);

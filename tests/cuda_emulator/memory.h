@@ -46,11 +46,11 @@ size_t CountAllocatedBytes();
 
 // ---- For the thread that runs -------------------------------------------------------------------
 
-// The allocation last used by the calls of a few source lines, by line.
+// The allocation last used by the calls of a few source lines, by line; or null.
 inline constexpr int kNumRecent = 64;
 extern const Range* g_recent[kNumRecent];
 
-// Sets `recent` to the allocation that holds the bytes, or fails the thread.
+// Finds the allocation that holds the bytes, and makes it recent, or fails the thread.
 const Range* LocateGlobal(const Site& site, uintptr_t address, size_t num_bytes);
 [[noreturn]] void FailAlignment(const Site& site, uintptr_t address, size_t num_bytes);
 [[noreturn]] void FailUnwritten(const Site& site, const Range& range, uintptr_t address,
@@ -60,7 +60,8 @@ inline const Range& CheckedRange(const Site& site, uintptr_t address, size_t num
                                  size_t alignment) {
   if (address % alignment != 0) FailAlignment(site, address, alignment);
   const Range* range = g_recent[site.line % kNumRecent];
-  return range->Holds(address, num_bytes) ? *range : *LocateGlobal(site, address, num_bytes);
+  if (range != nullptr && range->Holds(address, num_bytes)) return *range;
+  return *LocateGlobal(site, address, num_bytes);
 }
 
 // Moves up to 16 bytes, the most frequent size without a call.

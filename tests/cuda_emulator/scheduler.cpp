@@ -150,8 +150,7 @@ void ReportStuck() {
   const Site& site = g_threads[stuck].site;
   ReportFault(
       "%s:%d: %s by thread %d of block (%u, %u, %u): divergence: it waits in vain; of %d threads "
-      "%d are "
-      "at a warp's collective, %d at SyncBlock, %d at their end",
+      "%d are at a warp's collective, %d at SyncBlock, %d at their end",
       FileName(site), site.line, site.primitive, stuck, blockIdx.x, blockIdx.y, blockIdx.z,
       g_num_threads, CountWaiting(Wait::kWarp), CountWaiting(Wait::kBlock),
       CountWaiting(Wait::kEver));
@@ -167,8 +166,9 @@ std::vector<uint64_t> OrderBlocks(uint64_t num_blocks) {
   std::vector<uint64_t> order(num_blocks);
   std::iota(order.begin(), order.end(), uint64_t{0});
   if (g_seed == 0) return order;
-  for (uint64_t idx = num_blocks - 1; idx > 0; --idx)
+  for (uint64_t idx = num_blocks - 1; idx > 0; --idx) {
     std::swap(order[idx], order[DrawBelow(idx + 1)]);
+  }
   return order;
 }
 

@@ -44,6 +44,9 @@ from octavo_server.model import ModelSpec
 _MAX_KV_HEADS = 65535
 """What the second axis of a launch holds."""
 
+_STEP_BYTES = 512 * 2**20
+"""Left free for steps: the largest launch of float32 tokens with 64 heads of 128 stages 300 MiB."""
+
 _FLOAT_P, _INT32_P, _INT64_P = (
     ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_int32, ctypes.c_int64)
 )
@@ -105,10 +108,10 @@ class CudaBackend:
             )
 
     def free_bytes(self) -> int:
-        """Return the bytes of device memory that are free for pools."""
+        """Return the bytes of device memory that are free for pools: all but what steps may need beside them."""
         num_bytes = ctypes.c_int64()
         self._library.call("free_bytes", self._device, ctypes.byref(num_bytes))
-        return num_bytes.value
+        return max(num_bytes.value - _STEP_BYTES, 0)
 
     def alloc_paged_int8_layer(self, spec: ModelSpec, num_blocks: int) -> PagedInt8Layer:
         """Allocate one layer of codes `[num_blocks, num_kv_heads, block_size, head_dim]`."""
