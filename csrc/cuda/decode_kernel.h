@@ -225,17 +225,24 @@ __device__ __forceinline__ void LoadQueries(const DecodeParams& params, const Wo
 
 // ---- Copies -------------------------------------------------------------------------------------
 
-// Copies a tile's rows, which follow each other in the pool, into rows of kPitch bytes.
+// Copies a tile's rows, which follow each other in the pool, into rows of kPitch bytes. Where lanes
+// take whole rows between them, every copy is the first one's, some rows further on.
 template <int kDim, int kPitch>
 __device__ __forceinline__ void CopyWholeRows(const int8_t* source, const Lane& lane,
                                               char* target) {
   constexpr int kRowChunks = kDim / 16, kNumChunks = kTileTokens * kRowChunks;
+  const int8_t* lane_source = source + lane.idx * 16;
+  char* lane_target = target + lane.idx / kRowChunks * kPitch + lane.idx % kRowChunks * 16;
 #pragma unroll
   for (int first = 0; first < kNumChunks; first += kWarpThreads) {
-    const int chunk = first + lane.idx;
-    if (kNumChunks % kWarpThreads != 0 && chunk >= kNumChunks) break;
-    const int row = chunk / kRowChunks, byte = chunk % kRowChunks * 16;
-    CopyAsync<16>(target + row * kPitch + byte, source + chunk * 16);
+    if constexpr (kWarpThreads % kRowChunks == 0) {
+      CopyAsync<16>(lane_target + first / kRowChunks * kPitch, lane_source + first * 16);
+    } else {
+      const int chunk = first + lane.idx;
+      if (kNumChunks % kWarpThreads != 0 && chunk >= kNumChunks) break;
+      const int row = chunk / kRowChunks, byte = chunk % kRowChunks * 16;
+      CopyAsync<16>(target + row * kPitch + byte, lane_source + first * 16);
+    }
   }
 }
 
