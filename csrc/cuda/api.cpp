@@ -2,7 +2,7 @@
 #include <new>
 #include <string>
 
-#include "cuda/step.h"
+#include "cuda/gpu.h"
 #include "octavo/cuda_api.h"
 
 namespace octavo::cuda {

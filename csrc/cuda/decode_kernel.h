@@ -830,7 +830,7 @@ __device__ __forceinline__ Accumulator<kDim> AttendSpan(const DecodeParams& para
 }
 
 template <int kDim, bool kIsSplit>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, TileShape<kDim>::kResidentBlocks)
     decode_paged_int8_kernel(const __grid_constant__ DecodeParams params) {
   char* shared = DynamicShared();
   const Lane lane = ThisLane();

@@ -41,6 +41,10 @@ struct TileShape {
   static constexpr int kValueScalesOffset = kKeyScalesOffset + kTileTokens * 2;
   static constexpr int kStageBytes = kValueScalesOffset + kTileTokens * 2;
 
+  // Blocks that a multiprocessor with 228 KiB of shared memory holds at least: what registers are
+  // shared out by.
+  static constexpr int kResidentBlocks = kDim <= 96 ? 4 : kDim <= 128 ? 3 : 2;
+
   // Whether a thread's sums and queries leave few registers for anything else.
   static constexpr bool kIsLarge = kDim > 128;
 

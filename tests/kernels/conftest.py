@@ -16,8 +16,8 @@ from octavo_server.backends.cuda import create_cuda_backend
 from octavo_server.backends.reference import ReferenceBackend
 from tests.cuda.build import KERNEL_SOURCES, build_emulated
 from tests.cuda.emulated import EmulatedCudaBackend
+from tests.kernels.rig import HAS_GPU
 
-HAS_GPU = torch.cuda.is_available()
 GPU_BACKENDS = ("cuda",) if HAS_GPU else ()
 BACKENDS = ("reference", "cpu-avx512", "cpu-avx2", "cpu-portable", "cuda-emulated", *GPU_BACKENDS)
 NUM_THREADS = 2

@@ -26,6 +26,8 @@ from tests.kernels.draws import FLOAT32, Inputs, draw
 LSE_TOLERANCE = 1e-4
 """An error of the lse is a relative error of the probabilities: FP32's bound."""
 
+HAS_GPU = torch.cuda.is_available()
+
 POISON_CODE = -128
 POISON_SCALE_BITS = 0x7E00
 """What slots hold that nothing was stored in: a code that never occurs, and NaN."""
@@ -238,6 +240,8 @@ class Rig:
             layer.v_codes.fill_(POISON_CODE)
             layer.k_scales.view(torch.int16).fill_(POISON_SCALE_BITS)
             layer.v_scales.view(torch.int16).fill_(POISON_SCALE_BITS)
+        if HAS_GPU:  # torch has a stream of its own, for which a backend's does not wait
+            torch.cuda.synchronize()
 
     def _start_pos(self, entry: Entry) -> int:
         if entry.start_pos is not None:

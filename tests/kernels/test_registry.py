@@ -12,7 +12,7 @@ from octavo_server.backends.cpu import CpuBackend
 from octavo_server.backends.host_memory import free_host_bytes
 from octavo_server.backends.reference import ReferenceBackend
 from octavo_server.backends.registry import create_backend
-from tests.kernels.conftest import HAS_GPU
+from tests.kernels.rig import HAS_GPU
 
 FASTEST = "cuda" if HAS_GPU else "cpu"
 
