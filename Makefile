@@ -2,11 +2,13 @@
 #
 #   make demo PYTHON=python3.12                  another interpreter
 #   make demo PIP_ARGS="--extra-index-url URL"   arguments of every pip install
+#   make bench-gpu BENCH_ARGS=--quick            a first look
 
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,10 +26,10 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo test lint format proto build wheel clean compiler-is-there
+.PHONY: help demo test test-gpu bench-gpu lint format proto build wheel clean compiler-is-there
 
 help:  ## List the targets.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: compiler-is-there $(DEMO_STAMP)  ## Serve a real model's decoding on loopback: text, speed, quality.
 	$(BIN)/octavo-server build
@@ -35,6 +37,13 @@ demo: compiler-is-there $(DEMO_STAMP)  ## Serve a real model's decoding on loopb
 
 test: compiler-is-there $(DEV_STAMP)  ## Run all tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a GPU machine: with $(PYTHON) as it is and the packages that it has; nothing is installed.
+test-gpu:  ## Run the kernel tests on the GPU that is here, and the sanitizer over some of them.
+	PYTHONPATH=.:proto:server:client $(PYTHON) -m tests.bench.run_gpu_tests
+
+bench-gpu:  ## Benchmark the kernels on the GPU that is here; under 8 minutes.
+	$(PYTHON) tests/bench/gpu.py --output build/bench-gpu.json $(BENCH_ARGS)
 
 lint: $(DEV_STAMP)  ## Check style, format and types.
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ MAX_TOKENS = 2**30
 """Most tokens of a context or a window, so that positions stay within int32."""
 _MAX_HEADS = 1024
 _LOG_LEVELS = ("debug", "info", "warning", "error")
-_BACKENDS = ("auto", "cpu", "reference")
+_BACKENDS = ("auto", "cpu", "cuda", "reference")
 
 
 class ConfigError(Exception):
