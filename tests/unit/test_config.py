@@ -200,7 +200,7 @@ def test_value_out_of_range_is_quoted(option: str, got: str) -> None:
         ("port", "65536"),
         ("port", "http"),
         ("host", "two words"),
-        ("backend", "cuda"),
+        ("backend", "gpu"),
         ("num_threads", "-1"),
         ("max_message_bytes", "1KiB"),
         ("max_message_bytes", "64MB"),
@@ -379,7 +379,7 @@ def test_sinks_wait_for_the_shape(tmp_path: Path) -> None:
 
 def test_backends_are_those_of_the_registry() -> None:
     (backend,) = (key for key in keys_of(ServerConfig) if key.name == "backend")
-    assert backend.kind.expected == "auto, cpu or reference"
+    assert backend.kind.expected == "auto, cpu, cuda or reference"
     for name in BACKEND_NAMES:
         assert load_config(None, {"backend": name}, [TINY]).backend == name
 
