@@ -126,7 +126,7 @@ def test_a_device_without_memory_left_says_how_much_it_wanted(
     cache = alloc_paged_int8_cache(backend, SMALL, num_blocks=4)
     free_bytes = backend.free_bytes()
     assert free_bytes > 0
-    with pytest.raises(UnsupportedError, match=rf"has {free_bytes} free"):
+    with pytest.raises(UnsupportedError, match=rf"and {free_bytes} are free"):
         backend.alloc_paged_int8_layer(SMALL, num_blocks=free_bytes)
     del cache, emulator
 

@@ -285,8 +285,8 @@ def check_layer_fits(spec: ModelSpec, num_blocks: int, free_bytes: int) -> None:
     layer_bytes = num_blocks * spec.block_bytes // spec.num_layers
     if layer_bytes > free_bytes:
         raise UnsupportedError(
-            f"one layer of {spec.name} with {num_blocks} blocks takes {layer_bytes} bytes, this host "
-            f"has {free_bytes} free; lower num_blocks or memory"
+            f"one layer of {spec.name} with {num_blocks} blocks takes {layer_bytes} bytes, and "
+            f"{free_bytes} are free; lower num_blocks or memory"
         )
 
 
