@@ -47,7 +47,12 @@ def load_emulated(sources: Sequence[Path]) -> ctypes.CDLL:
     Raises:
         RuntimeError: The compiler failed; the text is its output.
     """
-    library = ctypes.CDLL(str(build_emulated(sources)))
+    return open_emulated(build_emulated(sources))
+
+
+def open_emulated(path: Path) -> ctypes.CDLL:
+    """Load a library that `build_emulated` made."""
+    library = ctypes.CDLL(str(path))
     _declare(library)
     return library
 

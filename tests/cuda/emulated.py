@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -20,6 +19,7 @@ from octavo_server.backends.base import (
 from octavo_server.backends.cuda import CudaBackend
 from octavo_server.backends.cuda_library import CudaLibrary, DeviceError
 from octavo_server.model import ModelSpec
+from tests.cuda.build import open_emulated
 
 SHUFFLED = 7
 """Seed of the order in which blocks and threads take turns."""
@@ -33,12 +33,7 @@ class Emulator:
     """
 
     def __init__(self, path: Path) -> None:
-        self._library: Any = ctypes.CDLL(str(path))
-        self._library.octavo_emulator_error.restype = ctypes.c_char_p
-        self._library.octavo_emulator_register.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-        self._library.octavo_emulator_unregister.argtypes = (ctypes.c_void_p,)
-        self._library.octavo_emulator_set_device.argtypes = (ctypes.c_char_p, ctypes.c_uint64)
-        self._library.octavo_emulator_set_seed.argtypes = (ctypes.c_uint64,)
+        self._library = open_emulated(path)
 
     def register(self, pool: torch.Tensor) -> None:
         """Make a tensor's memory known as the device's, with nothing written to it, while the tensor lives."""
