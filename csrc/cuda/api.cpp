@@ -1,5 +1,5 @@
+#include <exception>
 #include <memory>
-#include <new>
 #include <string>
 
 #include "cuda/gpu.h"
@@ -19,8 +19,8 @@ int32_t Guarded(Call call) {
   } catch (const Failure& failure) {
     last_error = failure.text;
     return failure.result;
-  } catch (const std::bad_alloc&) {
-    last_error = "out of host memory";
+  } catch (const std::exception& error) {  // out of host memory
+    last_error = error.what();
     return kUnsupported;
   }
 }

@@ -81,7 +81,7 @@ __device__ __forceinline__ float ScoreOf(float product, float k_scale, float fac
                                          float soft_cap) {
   float score = product * k_scale * factor;
   if (soft_cap > 0.0f) score = soft_cap * kLog2E * Tanh(score / soft_cap);
-  return fminf(fmaxf(score, -kLargestFloat), kLargestFloat);
+  return ClampScore(score);
 }
 
 // What a lane holds of a tile's scores for one row: those of tokens `group` and group + 8, -inf
@@ -109,7 +109,7 @@ __device__ __forceinline__ bool ExceedsReferences(const ScorePair& pair,
   for (int i = 0; i < 2; ++i) {
     const float distance = pair.score[i] - state.max;
     exceeds |= distance > kReferenceSlack;
-    exceeds |= distance + pair.v_log[i] > state.value_max + kReferenceSlack;
+    exceeds |= distance + pair.v_log[i] - state.value_max > kReferenceSlack;
   }
   return exceeds;
 }
@@ -135,9 +135,10 @@ struct Weights {
 // Adds scores to a row's sum, which stays this lane's own; returns the weights that meet V.
 __device__ __forceinline__ Weights WeighScores(const ScorePair& pair, SoftmaxState* state) {
   const float first = pair.score[0] - state->max, second = pair.score[1] - state->max;
-  const float shift = kWeightShift - state->value_max;
   state->sum += Exp2(first) + Exp2(second);
-  return {Exp2(first + pair.v_log[0] + shift), Exp2(second + pair.v_log[1] + shift)};
+  // In the order in which ExceedsReferences compares: rounded otherwise, the largest might not fit.
+  return {Exp2(first + pair.v_log[0] - state->value_max + kWeightShift),
+          Exp2(second + pair.v_log[1] - state->value_max + kWeightShift)};
 }
 
 // The B operands of the values' products: tokens down, rows across, in two terms.

@@ -31,13 +31,15 @@
 
 namespace octavo::cuda {
 
-// Dynamic shared memory of a block: the rings, which the results replace later, then a flag.
+// Dynamic shared memory of a block: the rings, which give way to the results and the table by which
+// they merge; then a flag.
 template <int kDim>
 struct SharedLayout {
-  static constexpr int kFlagOffset = TileShape<kDim>::kSharedBytes > SharedResults<kDim>::kBytes
-                                         ? TileShape<kDim>::kSharedBytes
-                                         : SharedResults<kDim>::kBytes;
+  static constexpr int kTableOffset = SharedResults<kDim>::kBytes;
+  static constexpr int kFlagOffset = TileShape<kDim>::kSharedBytes;
   static constexpr int kBytes = kFlagOffset + 16;
+  static_assert(kTableOffset + MergeTable::kBytes <= kFlagOffset,
+                "results fit where the rings were");
 };
 
 // Attends to this warp's tiles of the block's span. What the block works on is loaded here, and
@@ -46,10 +48,10 @@ template <int kDim, bool kIsSplit>
 __device__ __forceinline__ Accumulator<kDim> AttendSpan(const DecodeParams& params,
                                                         const Lane& lane, char* shared) {
   const Work work = LoadWork(params);
-  Queries<kDim, kIsSplit> queries;
-  LoadQueries<kDim, kIsSplit>(params, work, lane, &queries);
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   TileRing<kDim> ring(params, work, lane, shared + warp * TileShape<kDim>::kWarpBytes);
+  Queries<kDim, kIsSplit> queries;  // loaded while the first tiles are on their way
+  LoadQueries<kDim, kIsSplit>(params, work, lane, &queries);
   Accumulator<kDim> sums = {{EmptyState(), EmptyState()}, {}};
   for (; ring.HasTile(); ring.Advance()) {
     const char* stage = ring.Take();
@@ -71,8 +73,13 @@ __global__ void __launch_bounds__(kBlockThreads, TileShape<kDim>::kResidentBlock
     ShareResults<kDim>(lane, sums, results);
   }
   SyncBlock();
+  const Work work = LoadWork(params);
+  const MergeTable table(shared + SharedLayout<kDim>::kTableOffset);
+  StoreOwnResults<kDim>(params, work, results, table);
   auto* flag = reinterpret_cast<int32_t*>(shared + SharedLayout<kDim>::kFlagOffset);
-  StoreResults<kDim>(params, LoadWork(params), results, flag);
+  if (work.item.num_splits > 1 && IsLastSplit(params, work, flag)) {
+    StoreMergedSplits(params, work, table);
+  }
 }
 
 }  // namespace octavo::cuda

@@ -72,6 +72,46 @@ __device__ __forceinline__ void ShareResults(const Lane& lane, const Accumulator
   }
 }
 
+// How the parts of each row become one: what their values are multiplied by, and the state of the
+// sum.
+struct MergeTable {
+  SoftmaxState* wholes;  // [kTileRows]
+  float* factors;        // [num_parts, kTileRows]
+
+  __device__ __forceinline__ explicit MergeTable(char* shared)
+      : wholes(reinterpret_cast<SoftmaxState*>(shared)),
+        factors(reinterpret_cast<float*>(wholes + kTileRows)) {}
+
+  static constexpr int kBytes =
+      kTileRows * (sizeof(SoftmaxState) + kMaxSplits * static_cast<int>(sizeof(float)));
+};
+
+__device__ __forceinline__ SoftmaxState MergedOverWarp(SoftmaxState state) {
+#pragma unroll
+  for (int mask = 1; mask < kWarpThreads; mask *= 2) {
+    state = Merged(state, {ShuffleXor(state.max, mask), ShuffleXor(state.sum, mask),
+                           ShuffleXor(state.value_max, mask)});
+  }
+  return state;
+}
+
+// Fills a table: a warp takes every fourth row, its lanes the parts. The order in which states are
+// merged depends on num_parts alone. load_state(part, row) gives a state.
+template <typename LoadState>
+__device__ __forceinline__ void FillTable(int num_rows, int num_parts, const MergeTable& table,
+                                          LoadState load_state) {
+  const int lane = ThisLane().idx;
+  for (int row = static_cast<int>(threadIdx.x) / kWarpThreads; row < num_rows; row += kBlockWarps) {
+    SoftmaxState whole = EmptyState();
+    for (int i = lane; i < num_parts; i += kWarpThreads) whole = Merged(whole, load_state(i, row));
+    whole = MergedOverWarp(whole);
+    if (lane == 0) StoreSharedState(table.wholes + row, whole);
+    for (int i = lane; i < num_parts; i += kWarpThreads) {
+      StoreShared(table.factors + i * kTileRows + row, ValueFactor(load_state(i, row), whole));
+    }
+  }
+}
+
 // Two neighbouring values of a row, and the state that they belong to.
 struct RowPair {
   SoftmaxState state;
@@ -79,14 +119,14 @@ struct RowPair {
   float y;
 };
 
-// Merges num_parts results of a row, in their order. load_state(i) and load_pair(i) give the i-th.
-template <typename LoadState, typename LoadPair>
-__device__ __forceinline__ RowPair MergeRow(int num_parts, LoadState load_state,
+// Merges a row's parts by a table, in their order. load_pair(i) gives the i-th.
+template <typename LoadPair>
+__device__ __forceinline__ RowPair MergeRow(int row, int num_parts, const MergeTable& table,
                                             LoadPair load_pair) {
-  RowPair merged = {EmptyState(), 0.0f, 0.0f};
-  for (int i = 0; i < num_parts; ++i) merged.state = Merged(merged.state, load_state(i));
+  RowPair merged = {LoadSharedState(table.wholes + row), 0.0f, 0.0f};
+#pragma unroll 8
   for (int i = 0; i < num_parts; ++i) {
-    const float factor = ValueFactor(load_state(i), merged.state);
+    const float factor = LoadShared(table.factors + i * kTileRows + row);
     const Bytes8 pair = load_pair(i);
     merged.x += BitsFloat(pair.words[0]) * factor;
     merged.y += BitsFloat(pair.words[1]) * factor;
@@ -129,18 +169,6 @@ __device__ __forceinline__ void StorePartial(const DecodeParams& params, const W
   if (dim == 0) StoreGlobalState(partial.states + row, pair.state);
 }
 
-__device__ __forceinline__ RowPair MergePartials(const DecodeParams& params, const Work& work,
-                                                 int row, int dim) {
-  const int64_t offset = int64_t{row} * params.cache.head_dim + dim;
-  return MergeRow(
-      work.item.num_splits,
-      [&](int i) { return LoadFreshState(PartialOf(params, work, i).states + row); },
-      [&](int i) {
-        const float* values = PartialOf(params, work, i).values + offset;
-        return LoadGlobalFresh(reinterpret_cast<const Bytes8*>(values));
-      });
-}
-
 // Calls visit(row, dim) for every row of the block and every second dim, spread over its threads.
 template <typename Visit>
 __device__ __forceinline__ void ForEachPair(const DecodeParams& params, const Work& work,
@@ -170,27 +198,43 @@ __device__ __forceinline__ bool IsLastSplit(const DecodeParams& params, const Wo
   return is_last;
 }
 
-// Merges the warps' results and stores what comes of them.
+// Merges the warps' results, and stores the answer or a partial result.
 template <int kDim>
-__device__ __forceinline__ void StoreResults(const DecodeParams& params, const Work& work,
-                                             const SharedResults<kDim>& shared, int32_t* flag) {
-  const bool is_split = work.item.num_splits > 1;
+__device__ __forceinline__ void StoreOwnResults(const DecodeParams& params, const Work& work,
+                                                const SharedResults<kDim>& shared,
+                                                const MergeTable& table) {
+  FillTable(work.item.num_rows, kBlockWarps, table, [&](int part, int row) {
+    return LoadSharedState(shared.states + part * kTileRows + row);
+  });
+  SyncBlock();
   ForEachPair(params, work, [&](int row, int dim) {
-    const RowPair pair = MergeRow(
-        kBlockWarps, [&](int i) { return LoadSharedState(shared.states + i * kTileRows + row); },
-        [&](int i) {
-          const float* values = shared.values + (i * kTileRows + row) * kDim + dim;
-          return LoadShared(reinterpret_cast<const Bytes8*>(values));
-        });
-    if (is_split) {
+    const RowPair pair = MergeRow(row, kBlockWarps, table, [&](int part) {
+      const float* values = shared.values + (part * kTileRows + row) * kDim + dim;
+      return LoadShared(reinterpret_cast<const Bytes8*>(values));
+    });
+    if (work.item.num_splits > 1) {
       StorePartial(params, work, row, dim, pair);
     } else {
       StoreAnswer(params, work, row, dim, pair);
     }
   });
-  if (!is_split || !IsLastSplit(params, work, flag)) return;
+}
+
+// Merges the partial results of all splits, and stores the answer.
+__device__ __forceinline__ void StoreMergedSplits(const DecodeParams& params, const Work& work,
+                                                  const MergeTable& table) {
+  const int num_splits = work.item.num_splits;
+  FillTable(work.item.num_rows, num_splits, table, [&](int part, int row) {
+    return LoadFreshState(PartialOf(params, work, part).states + row);
+  });
+  SyncBlock();
   ForEachPair(params, work, [&](int row, int dim) {
-    StoreAnswer(params, work, row, dim, MergePartials(params, work, row, dim));
+    const int64_t offset = int64_t{row} * params.cache.head_dim + dim;
+    const RowPair pair = MergeRow(row, num_splits, table, [&](int part) {
+      const float* values = PartialOf(params, work, part).values + offset;
+      return LoadGlobalFresh(reinterpret_cast<const Bytes8*>(values));
+    });
+    StoreAnswer(params, work, row, dim, pair);
   });
 }
 

@@ -45,8 +45,9 @@ __device__ __forceinline__ Work LoadWork(const DecodeParams& params) {
   for (int i = 0; i < 9; ++i) *fields[i] = LoadGlobal(words + i);
   const int32_t entry = work.item.entry;
   work.kv_head = static_cast<int32_t>(blockIdx.y);
-  work.layer = LoadGlobal(params.batch.layers + entry);
   work.kv_len = LoadGlobal(params.batch.kv_lens + entry);
+  // The layer of an entry that is skipped may be anything.
+  work.layer = work.kv_len == 0 ? 0 : LoadGlobal(params.batch.layers + entry);
   work.start_pos = LoadGlobal(params.batch.start_pos + entry);
   work.first_token = LoadGlobal(params.batch.token_starts + entry);
   work.is_causal = LoadGlobal(params.batch.is_causal + entry);

@@ -1,22 +1,31 @@
 // Rows of an entry (query token, query head of the group) are cut into tiles of 8 that share each
-// read of K and V. A tile attends to one run of context, and is cut into spans where the launch
-// would leave multiprocessors idle: as many as fill them once, and none shorter than kMinSpan. In a
-// deterministic model spans are kDeterministicSpan positions, whatever the device and the batch; an
-// entry of many tiles is not split there, for it fills a device by itself, and its partial results
-// would fill the memory.
+// read of K and V. A tile attends to one run of context, and is cut into spans, each a thread block
+// for every kv head. One length of span serves a launch: that of some candidates with which the
+// multiprocessors are predicted to be done first, among those that give them enough blocks to hide
+// latency. A prediction takes a multiprocessor's blocks one after the other, for however many share
+// it, they share its bandwidth; whole spans go first, the rest fills what they leave.
+//
+// In a deterministic model an entry's spans depend on its own length alone. There an entry of many
+// tiles is not split, for it fills a device by itself, and its partial results would fill the
+// memory.
 
 #include "cuda/plan.h"
 
 #include <algorithm>
 
+#include "cuda/tile_shape.h"
+
 namespace octavo::cuda {
 namespace {
 
-constexpr int32_t kMinSpan = 256;
-constexpr int32_t kDeterministicSpan = 1024;
-constexpr int32_t kMaxDeterministicTiles = 16;
-constexpr int32_t kSpanStep = 64;  // a tile of 16 tokens for each of a block's 4 warps
+constexpr int32_t kMinSpan = 128;
+constexpr int32_t kSpanStep = 64;    // a tile of 16 tokens for each of a block's 4 warps
+constexpr int32_t kBlockCost = 128;  // of a block besides its span, in positions that it could read
+constexpr int32_t kMergeCost = 256;  // of merging splits, likewise
 constexpr int32_t kMaxSpan = 1 << 30;
+constexpr int32_t kMinDeterministicSpan = 1024;
+constexpr int32_t kMaxDeterministicSplits = 8;
+constexpr int32_t kMaxDeterministicTiles = 16;
 
 int64_t CeilDivide(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -57,57 +66,88 @@ void AddTiles(const PagedInt8Cache& cache, const int32_t* windows, const RaggedB
   }
 }
 
-int32_t NumSpans(const DecodeItem& tile, int32_t span_len) {
-  if (tile.begin == tile.end) return 1;
-  return static_cast<int32_t>(CeilDivide(tile.end, span_len)) - tile.begin / span_len;
+// Where a tile's spans are counted from: its first position, or the few before it that are copied
+// along with it.
+int32_t OriginOf(const DecodeItem& tile) { return tile.begin / kTileTokens * kTileTokens; }
+
+int32_t RoundUpToStep(int64_t num_positions) {
+  return static_cast<int32_t>(
+      std::min<int64_t>(CeilDivide(num_positions, kSpanStep) * kSpanStep, kMaxSpan));
 }
 
-int64_t NumItems(const std::vector<DecodeItem>& tiles, int32_t span_len) {
-  int64_t num_items = 0;
-  for (const DecodeItem& tile : tiles) num_items += NumSpans(tile, span_len);
-  return num_items;
-}
+// What one length of span makes of a launch.
+struct Prediction {
+  int64_t num_blocks;
+  int64_t cost;  // in positions that a multiprocessor reads
+};
 
-// The shortest span, in steps, with which all items run at once; or the longest context, which
-// splits nothing, where the tiles alone are more than that.
-int32_t SpanThatFills(const std::vector<DecodeItem>& tiles, int64_t max_items) {
-  int32_t longest = 0;
-  for (const DecodeItem& tile : tiles) longest = std::max(longest, tile.end);
-  auto low = static_cast<int64_t>(kMinSpan) / kSpanStep;
-  int64_t high = std::max(low, CeilDivide(longest, kSpanStep));
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const auto span_len = static_cast<int32_t>(middle * kSpanStep);
-    if (NumItems(tiles, span_len) <= max_items) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
+Prediction Predict(const std::vector<DecodeItem>& tiles, int32_t span_len, int64_t num_kv_heads,
+                   int64_t num_multiprocessors) {
+  int64_t num_whole = 0, num_rests = 0, rest_positions = 0, longest_rest = 0;
+  for (const DecodeItem& tile : tiles) {
+    const int32_t length = tile.end - OriginOf(tile), rest = length % span_len;
+    num_whole += length / span_len;
+    num_rests += rest > 0 || length == 0;
+    rest_positions += rest;
+    longest_rest = std::max<int64_t>(longest_rest, rest);
   }
-  return static_cast<int32_t>(std::min<int64_t>(high * kSpanStep, kMaxSpan));
+  const int64_t whole_cost = span_len + kBlockCost;
+  const int64_t num_whole_blocks = num_whole * num_kv_heads;
+  const int64_t num_rounds = CeilDivide(num_whole_blocks, num_multiprocessors);
+  const int64_t idle = (num_rounds * num_multiprocessors - num_whole_blocks) * whole_cost;
+  const int64_t rest_cost = (rest_positions + num_rests * kBlockCost) * num_kv_heads;
+  const int64_t more = CeilDivide(std::max<int64_t>(rest_cost - idle, 0), num_multiprocessors);
+  const int64_t cost = num_rounds * whole_cost + more;
+  return {num_whole_blocks + num_rests * num_kv_heads, std::max(cost, longest_rest + kBlockCost)};
 }
 
-// Spans of an entry in a deterministic model: by what the entry itself brings.
+// The best length of span among those that cut the longest context evenly.
+int32_t SpanFor(const std::vector<DecodeItem>& tiles, int32_t num_kv_heads,
+                const DecodeOccupancy& occupancy) {
+  int64_t longest = 1;
+  for (const DecodeItem& tile : tiles)
+    longest = std::max<int64_t>(longest, tile.end - OriginOf(tile));
+  const int64_t num_slots = int64_t{occupancy.num_multiprocessors} * occupancy.resident_blocks;
+  const int64_t max_splits = std::clamp<int64_t>(longest / kMinSpan, 1, kMaxSplits);
+  int32_t best_span = 0;
+  Prediction best = {};
+  for (int64_t num_splits = 1; num_splits <= max_splits; num_splits += 1 + num_splits / 8) {
+    const int32_t span_len = RoundUpToStep(CeilDivide(longest, num_splits));
+    Prediction prediction = Predict(tiles, span_len, num_kv_heads, occupancy.num_multiprocessors);
+    if (num_splits > 1) prediction.cost += kMergeCost;
+    const bool had_enough = best.num_blocks >= num_slots * 3 / 4;
+    if (best_span != 0 && had_enough && prediction.cost >= best.cost) continue;
+    if (best_span != 0 && !had_enough && prediction.cost > best.cost * 9 / 8) continue;
+    best_span = span_len;
+    best = prediction;
+  }
+  return best_span;
+}
+
+// The length of an entry's spans in a deterministic model.
 int32_t DeterministicSpan(const PagedInt8Cache& cache, const RaggedBatch& batch, int32_t entry) {
   const int64_t num_rows = int64_t{batch.NumTokens(entry)} * cache.GroupSize();
-  return CeilDivide(num_rows, kTileRows) > kMaxDeterministicTiles ? kMaxSpan : kDeterministicSpan;
+  if (CeilDivide(num_rows, kTileRows) > kMaxDeterministicTiles) return kMaxSpan;
+  const int64_t share = CeilDivide(batch.kv_lens[entry], kMaxDeterministicSplits);
+  return std::max(RoundUpToStep(share), kMinDeterministicSpan);
 }
 
-// Adds a tile's items, one a span.
+// Adds a tile's items, one a span: whole ones to the plan, where they come first, others to
+// `rests`.
 void AddItems(const DecodeItem& tile, int32_t span_len, DecodePlan* plan) {
   DecodeItem item = tile;
-  item.num_splits = NumSpans(tile, span_len);
+  const int64_t origin = OriginOf(tile);
+  item.num_splits = std::max(static_cast<int32_t>(CeilDivide(tile.end - origin, span_len)), 1);
   if (item.num_splits > 1) {
     item.first_partial = plan->num_partials;
     item.counter = plan->num_counters++;
     plan->num_partials += item.num_splits;
   }
-  const int64_t first_span = tile.begin / span_len;
   for (item.split_idx = 0; item.split_idx < item.num_splits; ++item.split_idx) {
-    const int64_t start = (first_span + item.split_idx) * span_len;
+    const int64_t start = origin + int64_t{item.split_idx} * span_len, end = start + span_len;
     item.begin = static_cast<int32_t>(std::max<int64_t>(tile.begin, start));
-    item.end = static_cast<int32_t>(std::min<int64_t>(tile.end, start + span_len));
-    plan->items.push_back(item);
+    item.end = static_cast<int32_t>(std::min<int64_t>(tile.end, end));
+    (end <= tile.end ? plan->items : plan->rests).push_back(item);
   }
 }
 
@@ -115,20 +155,19 @@ void AddItems(const DecodeItem& tile, int32_t span_len, DecodePlan* plan) {
 
 void PlanDecode(const PagedInt8Cache& cache, const int32_t* windows, const RaggedBatch& batch,
                 const DecodeOccupancy& occupancy, DecodePlan* plan) {
-  std::vector<DecodeItem> tiles;
+  plan->tiles.clear();
   for (int32_t entry = 0; entry < batch.num_entries; ++entry) {
-    AddTiles(cache, windows, batch, entry, &tiles);
+    AddTiles(cache, windows, batch, entry, &plan->tiles);
   }
-  const int64_t max_items = int64_t{occupancy.num_multiprocessors} * occupancy.resident_blocks /
-                            std::max(cache.num_kv_heads, 1);
   plan->items.clear();
+  plan->rests.clear();
   plan->num_partials = plan->num_counters = 0;
-  const int32_t shared_span = cache.is_deterministic ? 0 : SpanThatFills(tiles, max_items);
-  for (const DecodeItem& tile : tiles) {
-    const int32_t span_len =
-        cache.is_deterministic ? DeterministicSpan(cache, batch, tile.entry) : shared_span;
-    AddItems(tile, span_len, plan);
+  const bool is_own = cache.is_deterministic;
+  const int32_t shared_span = is_own ? 0 : SpanFor(plan->tiles, cache.num_kv_heads, occupancy);
+  for (const DecodeItem& tile : plan->tiles) {
+    AddItems(tile, is_own ? DeterministicSpan(cache, batch, tile.entry) : shared_span, plan);
   }
+  plan->items.insert(plan->items.end(), plan->rests.begin(), plan->rests.end());
 }
 
 }  // namespace octavo::cuda

@@ -11,12 +11,13 @@
 
 namespace octavo::cuda {
 
-// Items in the order of entries, rows and spans. Spans end at multiples of one length, which in a
-// deterministic model depends on the entry alone, else on the batch.
+// Whole spans first, each kind in the order of entries, rows and positions. All spans of an entry
+// have one length but the last, in a deterministic model by the entry alone, else by the batch.
 struct DecodePlan {
   std::vector<DecodeItem> items;
   int32_t num_partials = 0;
   int32_t num_counters = 0;
+  std::vector<DecodeItem> tiles, rests;  // on the way to items; kept for their storage
 };
 
 // Fills a plan, whose storage is used again.

@@ -26,6 +26,11 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kReferenceSlack = 8.0f;
 inline constexpr float kWeightShift = 7.0f;
 
+// Scores are finite, whatever they were made of.
+__device__ __forceinline__ float ClampScore(float x) {
+  return fminf(fmaxf(x, -kLargestFloat), kLargestFloat);
+}
+
 // References over nothing: finite, so that a difference is never NaN, and below every other.
 __device__ __forceinline__ SoftmaxState EmptyState() {
   return {-kLargestFloat, 0.0f, -kLargestFloat};
@@ -46,7 +51,7 @@ __device__ __forceinline__ SoftmaxState Merged(const SoftmaxState& x, const Soft
 
 // What a part's values are multiplied by in the state that it was merged into.
 __device__ __forceinline__ float ValueFactor(const SoftmaxState& part, const SoftmaxState& whole) {
-  return Exp2(CountedFrom(whole.max, part).value_max - whole.value_max);
+  return Exp2(fminf(CountedFrom(whole.max, part).value_max - whole.value_max, 0.0f));
 }
 
 // What turns summed values into the answer: two factors, each of them within FP32 where their
@@ -59,7 +64,7 @@ struct Normalizer {
 // Args: sink: logit of the attention sink, or null.
 __device__ __forceinline__ Normalizer NormalizerOf(const SoftmaxState& state, const float* sink) {
   if (state.sum == 0.0f) return {0.0f, 0.0f};
-  const float sink_score = sink == nullptr ? kMinusInf : LoadGlobal(sink) * kLog2E;
+  const float sink_score = sink == nullptr ? kMinusInf : ClampScore(LoadGlobal(sink) * kLog2E);
   const SoftmaxState counted = CountedFrom(fmaxf(state.max, sink_score), state);
   const float half = Exp2(0.5f * (counted.value_max - kWeightShift));
   return {half / (counted.sum + Exp2(sink_score - counted.max)), half};

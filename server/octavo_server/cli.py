@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -125,9 +127,14 @@ def _serve(args: argparse.Namespace) -> int:
     config = load_config(args.config, flags, args.models)
     setup_logs(config.log_level)
     # Imported late: it brings torch and gRPC, and mistakes in the configuration are told without them.
-    from octavo_server.server import run  # noqa: PLC0415
+    from octavo_server.server import EXIT_DEVICE_FAILURE, run  # noqa: PLC0415
 
-    return run(config)
+    code = run(config)
+    if code == EXIT_DEVICE_FAILURE:
+        # At once: the libraries' own ends may wait for a device that never answers.
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def _build(args: argparse.Namespace) -> int:

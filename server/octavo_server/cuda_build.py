@@ -1,7 +1,7 @@
 """Builds the CUDA library with nvcc, which ninja drives: for the GPU that is here, or ahead for several.
 
-A build is found again by what it was made of, and by its GPUs, which its name tells: `octavo_cuda_80_90.so` runs on
-compute capabilities 8.0 and 9.0, and on newer ones of the latter's kind.
+A build is found again by what it was made of, and by its GPUs, which its name tells: `octavo_cuda_80_90.so` has machine
+code for compute capabilities 8.0 and 9.0, and intermediate code of the last, which drivers compile for newer ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FIND = "install the CUDA toolkit, or name its folder in CUDA_HOME"
 
 
 def find_cuda_kernels(arch: int, verbose: bool = False) -> Path:
-    """Return a library that runs on a GPU: one that was built ahead, or one built now.
+    """Return a library that runs on a GPU: built for it before, or now; where there is no nvcc, any that runs.
 
     Args:
         arch: Compute capability of the GPU, times ten.
@@ -51,8 +51,14 @@ def find_cuda_kernels(arch: int, verbose: bool = False) -> Path:
     Raises:
         UnsupportedError: There is none, and no nvcc or ninja to make it, or they failed.
     """
-    for library in _builds_ahead(arch):
-        return library
+    libraries = _builds()
+    for library, archs in libraries.items():
+        if arch in archs:
+            return library
+    if find_nvcc() is None:
+        for library, archs in libraries.items():
+            if any(_runs_on(built, arch, is_last=built == archs[-1]) for built in archs):
+                return library
     return build_cuda_kernels([arch], verbose)
 
 
@@ -138,11 +144,17 @@ def _recipe(archs: Sequence[int]) -> Recipe:
     )
 
 
-def _builds_ahead(arch: int) -> list[Path]:
-    """Return intact libraries of these sources, by any nvcc, that have machine code for `arch`."""
-    content = content_hash(_recipe([arch]), find_csrc())
+def _builds() -> dict[Path, list[int]]:
+    """Return the intact libraries of these sources, by any nvcc, with the archs of each, ascending."""
+    content = content_hash(_recipe([min(CUDA_ARCHS)]), find_csrc())
     libraries = sorted(cache_directory().glob(f"{content}-*/{CUDA_LIBRARY}_*.so"))
-    return [path for path in libraries if str(arch) in path.stem.split("_") and is_intact(path)]
+    archs = {path: path.stem.removeprefix(f"{CUDA_LIBRARY}_").split("_") for path in libraries}
+    return {path: [*map(int, names)] for path, names in archs.items() if is_intact(path)}
+
+
+def _runs_on(built: int, arch: int, *, is_last: bool) -> bool:
+    """Whether code built for one arch runs on another: machine code within a generation, else the last one's PTX."""
+    return built <= arch and (is_last or built // 10 == arch // 10)
 
 
 def _nvcc_version() -> str | None:

@@ -25,6 +25,10 @@ SHUFFLED = 7
 """Seed of the order in which blocks and threads take turns."""
 
 
+MEMORY_BYTES = 4 * 2**30
+"""Of the device, by its own account."""
+
+
 class Emulator:
     """The emulated device of one library.
 
@@ -67,6 +71,7 @@ class EmulatedCudaBackend(CudaBackend):
     def __init__(self, path: Path, num_multiprocessors: int) -> None:
         self.emulator = Emulator(path)
         self.emulator.set_seed(SHUFFLED)
+        self.emulator.set_device("memory_bytes", MEMORY_BYTES)
         self._num_multiprocessors = num_multiprocessors
         super().__init__(CudaLibrary(path), torch.device("cpu"))
 

@@ -5,6 +5,7 @@
 
 #include "cuda/plan.h"
 #include "cuda/staging.h"
+#include "cuda/tile_shape.h"
 
 #define PROBE extern "C" __attribute__((visibility("default")))
 
@@ -34,6 +35,39 @@ PROBE int32_t probe_plan(const int32_t* heads, const int32_t* windows, const Rag
   totals[0] = plan.num_partials;
   totals[1] = plan.num_counters;
   return num_items;
+}
+
+// Args: numbers: [5] key_vector, key_pitch, value_vector, value_pitch, num_key_vectors; written.
+// key_dims, value_dims: [num_vectors, 4] and [num_vectors, 8] dims by quad and by group; written.
+template <int kDim>
+void ShowShape(int32_t* numbers, int32_t* key_dims, int32_t* value_dims) {
+  using Shape = octavo::cuda::TileShape<kDim>;
+  const int32_t shown[] = {Shape::kKeyVector, Shape::kKeyPitch, Shape::kValueVector,
+                           Shape::kValuePitch, Shape::kNumKeyVectors};
+  std::copy_n(shown, 5, numbers);
+  for (int i = 0; i < Shape::kNumKeyVectors; ++i) {
+    for (int quad = 0; quad < 4; ++quad) key_dims[4 * i + quad] = Shape::KeyDim(i, quad);
+  }
+  for (int i = 0; i < Shape::kNumValueVectors; ++i) {
+    for (int group = 0; group < 8; ++group) value_dims[8 * i + group] = Shape::ValueDim(i, group);
+  }
+}
+
+PROBE void probe_shape(int32_t head_dim, int32_t* numbers, int32_t* key_dims, int32_t* value_dims) {
+  switch (head_dim) {
+    case 64:
+      return ShowShape<64>(numbers, key_dims, value_dims);
+    case 80:
+      return ShowShape<80>(numbers, key_dims, value_dims);
+    case 96:
+      return ShowShape<96>(numbers, key_dims, value_dims);
+    case 128:
+      return ShowShape<128>(numbers, key_dims, value_dims);
+    case 192:
+      return ShowShape<192>(numbers, key_dims, value_dims);
+    default:
+      return ShowShape<256>(numbers, key_dims, value_dims);
+  }
 }
 
 // Args: sizes: the numbers of StepShape, in its order. offsets: [16] those of StagingLayout;

@@ -18,9 +18,15 @@ from octavo_server.backends.cuda_library import batch_struct
 from tests.cuda.build import CSRC, load_emulated
 
 TILE_ROWS = 8
-MIN_SPAN = 256
-DETERMINISTIC_SPAN = 1024
+MIN_SPAN = 128
+MIN_DETERMINISTIC_SPAN = 1024
+MAX_DETERMINISTIC_SPLITS = 8
+MAX_UNSPLIT = 640
+"""Context that may stay whole though the device is idle: merging would cost more."""
+
+SLACK = 1024
 SPAN_STEP = 64
+TILE_TOKENS = 16
 MAX_ITEMS = 100_000
 BATCH_ARRAYS = ("layers", "start_pos", "token_starts", "kv_lens", "is_causal", "block_tables")
 TOKEN_ARRAYS = ("slot_mapping", "row_entries", "items", "k", "v", "q")
@@ -90,6 +96,7 @@ def make_plan(
     num_kv_heads: int = 2,
     num_slots: int = 24,
     window: int = 100,
+    slots_each: int = 2,
     deterministic: bool = False,
 ) -> Plan:
     """Plan a batch for a device of `num_slots` thread blocks."""
@@ -104,7 +111,8 @@ def make_plan(
         slot_mapping=np.zeros(int(starts[-1]), np.int64),
     )
     heads = (ctypes.c_int32 * 3)(group_size * num_kv_heads, num_kv_heads, deterministic)
-    windows, occupancy = (ctypes.c_int32 * 2)(0, window), (ctypes.c_int32 * 2)(num_slots // 2, 2)
+    windows, occupancy = (ctypes.c_int32 * 2)(0, window), (ctypes.c_int32 * 2)()
+    occupancy[:] = [num_slots // slots_each, slots_each]
     items, totals = (Item * MAX_ITEMS)(), (ctypes.c_int32 * 2)()
     struct = ctypes.byref(batch_struct(batch))
     num_items = probe.probe_plan(heads, windows, struct, occupancy, items, MAX_ITEMS, totals)
@@ -115,8 +123,13 @@ def spans(plan: Plan) -> list[tuple[int, ...]]:
     """Return (entry, first_row, num_rows, begin, end, split_idx, num_splits) of each item."""
     return [
         (i.entry, i.first_row, i.num_rows, i.begin, i.end, i.split_idx, i.num_splits)
-        for i in plan.items
+        for i in sorted(plan.items, key=place_of)
     ]
+
+
+def place_of(item: Item) -> tuple[int, int, int]:
+    """Return an item's place in the order of entries, rows and positions."""
+    return item.entry, item.first_row, item.begin
 
 
 def test_short_contexts_are_not_split(probe: ctypes.CDLL) -> None:
@@ -198,7 +211,8 @@ def test_every_row_sees_its_context_once(
     rows: dict[int, list[int]] = {entry: [] for entry in range(len(requests))}
     partials: list[int] = []
     counters: list[int] = []
-    for (entry, first_row), grouped in groupby(plan.items, lambda i: (i.entry, i.first_row)):
+    ordered = sorted(plan.items, key=place_of)
+    for (entry, first_row), grouped in groupby(ordered, lambda i: (i.entry, i.first_row)):
         tile = list(grouped)
         rows[entry] += range(first_row, first_row + tile[0].num_rows)
         check_tile(tile, requests[entry], group_size)
@@ -210,7 +224,10 @@ def test_every_row_sees_its_context_once(
         assert rows[entry] == list(range(request.num_tokens * group_size))
     assert partials == list(range(plan.num_partials))
     assert counters == list(range(plan.num_counters))
-    check_spans(plan, num_slots // 2, deterministic)
+    if deterministic:
+        check_deterministic_spans(plan)
+    else:
+        check_spans(plan, num_slots // 2, num_kv_heads=2)
 
 
 def check_tile(tile: list[Item], request: Request, group_size: int, window: int = 100) -> None:
@@ -228,18 +245,61 @@ def check_tile(tile: list[Item], request: Request, group_size: int, window: int 
     assert (tile[0].begin, tile[-1].end) == (begin, end)
 
 
-def check_spans(plan: Plan, max_items: int, deterministic: bool) -> None:
-    """Check that splits end at multiples of one length, and are no more than the device asks for."""
-    inner_ends = [item.end for item in plan.items if item.split_idx + 1 < item.num_splits]
-    if deterministic:
-        assert all(end % DETERMINISTIC_SPAN == 0 for end in inner_ends)
-        return
-    span_len = np.gcd.reduce(inner_ends) if inner_ends else 0
-    assert span_len % SPAN_STEP == 0
-    assert all(item.end - item.begin <= span_len for item in plan.items if item.num_splits > 1)
-    if inner_ends:
+def check_spans(plan: Plan, num_multiprocessors: int, num_kv_heads: int) -> None:
+    """Check that splits have one length, that whole ones come first, and that no block lags behind."""
+    lengths = [item.end - item.begin for item in plan.items]
+    inner = [item for item in plan.items if item.split_idx + 1 < item.num_splits]
+    if inner:
+        # A first span may begin within a tile of 16 tokens.
+        span_len = -(-max(item.end - item.begin for item in inner) // SPAN_STEP) * SPAN_STEP
         assert span_len >= MIN_SPAN
-        assert len(plan.items) <= max_items, "a split where the device is full already"
+        assert all(span_len - TILE_TOKENS < item.end - item.begin <= span_len for item in inner)
+        is_whole = [length > span_len - TILE_TOKENS for length in lengths]
+        assert all(is_whole[: len(inner)]), "a rest before a whole span"
+    fair_share = sum(lengths) * num_kv_heads / num_multiprocessors
+    assert max(lengths) <= max(MAX_UNSPLIT, 1.25 * fair_share + SLACK)
+
+
+def check_deterministic_spans(plan: Plan) -> None:
+    """Check that no entry has more splits than its own length allows."""
+    assert max(item.num_splits for item in plan.items) <= MAX_DETERMINISTIC_SPLITS + 1
+    assert all(
+        item.end - item.begin >= MIN_DETERMINISTIC_SPAN
+        or item.split_idx in (0, item.num_splits - 1)
+        for item in plan.items
+    )
+
+
+@pytest.mark.parametrize(
+    ("requests", "num_kv_heads", "most_over_fair"),
+    [
+        ([Request(kv_len=32_768)] * 8, 8, 1.1),
+        ([Request(kv_len=8_192)] * 64, 8, 2.2),
+        ([Request(kv_len=1_024)] * 49 + [Request(kv_len=131_072)], 8, 1.2),
+        ([Request(kv_len=1_024)] * 48 + [Request(kv_len=131_072)], 8, 1.2),
+        ([Request(num_tokens=512, kv_len=512), Request(kv_len=131_072)], 8, 1.2),
+        ([Request(kv_len=131_072)], 1, 2.0),
+        ([Request(kv_len=32_768)] * 4096, 8, 1.0),
+    ],
+    ids=[
+        "8x32k",
+        "64x8k",
+        "one long",
+        "one long, full",
+        "prompt and long",
+        "128k alone",
+        "4096x32k",
+    ],
+)
+def test_no_block_reads_much_more_than_its_share(
+    probe: ctypes.CDLL, requests: list[Request], num_kv_heads: int, most_over_fair: float
+) -> None:
+    """On 132 multiprocessors of 3 blocks; the share is what each of them reads if all read alike."""
+    plan = make_plan(probe, requests, num_kv_heads=num_kv_heads, num_slots=396, slots_each=3)
+    lengths = [item.end - item.begin for item in plan.items]
+    fair_share = sum(lengths) * num_kv_heads / 132
+    assert max(lengths) <= max(most_over_fair * fair_share, 1024)
+    assert plan.num_partials <= 2 * len(requests) + 2 * 396
 
 
 def test_a_deterministic_prompt_fills_the_device_unsplit(probe: ctypes.CDLL) -> None:
@@ -302,3 +362,41 @@ def test_staging_holds_every_array_once(
         assert places[name] % ALIGNMENT == 0
         room = places[following] - places[name]
         assert needed[name] <= room < needed[name] + ALIGNMENT
+
+
+def num_conflicts(addresses: Sequence[int], num_bytes: int) -> int:
+    """Return how often a bank of shared memory is asked for different words by lanes that read at once."""
+    lanes_at_once = min(128 // num_bytes, 32)
+    worst = 0
+    for first in range(0, 32, lanes_at_once):
+        words: dict[int, set[int]] = {}
+        for address in addresses[first : first + lanes_at_once]:
+            for word in range(address // 4, -(-(address + num_bytes) // 4)):
+                words.setdefault(word % 32, set()).add(word)
+        worst = max(worst, *map(len, words.values()))
+    return worst - 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_no_read_of_a_tile_has_a_bank_conflict(probe: ctypes.CDLL, head_dim: int) -> None:
+    """Lane l reads K of rows l / 4 and + 8, V of rows 2 (l % 4), + 1, + 8 and + 9; every dim is read once."""
+    numbers, key_dims, value_dims = ((ctypes.c_int32 * size)() for size in (5, 128, 128))
+    probe.probe_shape(head_dim, numbers, key_dims, value_dims)
+    key_vector, key_pitch, value_vector, value_pitch, num_key_vectors = numbers
+    num_value_vectors = head_dim // (8 * value_vector)
+    lanes = range(32)
+    for i in range(num_key_vectors):
+        for row in (0, 8):
+            k = [(lane // 4 + row) * key_pitch + key_dims[4 * i + lane % 4] for lane in lanes]
+            assert num_conflicts(k, key_vector) == 0
+    for i in range(num_value_vectors):
+        for row in (0, 1, 8, 9):
+            v = [
+                (2 * (lane % 4) + row) * value_pitch + value_dims[8 * i + lane // 4]
+                for lane in lanes
+            ]
+            assert num_conflicts(v, value_vector) == 0
+    starts = [(key_dims[: 4 * num_key_vectors], key_vector)]
+    starts.append((value_dims[: 8 * num_value_vectors], value_vector))
+    for dims, size in starts:
+        assert sorted(dim + byte for dim in dims for byte in range(size)) == list(range(head_dim))

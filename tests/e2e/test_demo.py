@@ -208,7 +208,9 @@ def test_weights_that_cannot_be_read(tmp_path: Path, capsys: Capture) -> None:
 
 def test_server_that_cannot_start_says_why(capsys: Capture) -> None:
     assert main(["--backend=abacus"]) == 1
-    assert "--backend: got 'abacus'; expected auto, cpu, cuda or reference" in capsys.readouterr().err
+    assert (
+        "--backend: got 'abacus'; expected auto, cpu, cuda or reference" in capsys.readouterr().err
+    )
 
 
 def test_server_without_its_packages_names_the_extra(

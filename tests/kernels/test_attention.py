@@ -316,6 +316,29 @@ def test_huge_queries_get_finite_answers(
         np.testing.assert_allclose(output.out[:60].astype(float), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
+@pytest.mark.parametrize("step", [*range(1, 40, 3), 40])
+def test_scores_so_far_below_that_fp32_hardly_tells_them_apart(
+    backend: Backend, step: int, dtype: np.dtype[Any]
+) -> None:
+    """Tokens without V take all the weight; what the others have is 0, whichever way it is rounded."""
+    spec = make_spec(1, 1, 64, num_layers=1, sm_scale=(0.125,))
+    rig = Rig(backend, spec, num_blocks=20)
+    entry = Entry(rig.open(256), 0, 256)
+    tokens = np.arange(256)
+    k, v = np.zeros((2, 256, 1, 64), dtype=FLOAT32)
+    k[64:, 0, 0] = -2000
+    k[64:, 0, 1] = (tokens // 64)[64:] * step * 2000 / 127
+    v[64:] = 1
+    q = np.zeros((1, 1, 64), dtype=dtype)
+    q[0, 0, :2] = 60000, 0.25
+    rig.append([entry], Inputs(q, k.astype(dtype), v.astype(dtype)))
+    output = rig.attend(rig.batch([Entry(0, 0, 1, start_pos=255)], appends=False), q)
+    np.testing.assert_array_equal(output.out, np.zeros_like(q))
+    assert output.lse is not None
+    np.testing.assert_allclose(output.lse, np.log(64), rtol=1e-5)
+
+
 @pytest.mark.parametrize("magnitude", [2.0**124, 1e38, 3e38])
 def test_equal_huge_scores_share_the_weight(backend: Backend, magnitude: float) -> None:
     rig = Rig(backend, make_spec(), num_blocks=8)

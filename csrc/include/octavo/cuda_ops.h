@@ -28,6 +28,9 @@ struct AppendParams {
 // Rows of q that one thread block answers together for one kv head.
 inline constexpr int32_t kTileRows = 8;
 
+// Most spans that a context is split into: their factors have to fit shared memory.
+inline constexpr int32_t kMaxSplits = 512;
+
 // One thread block's share of a launch, for each kv head: a few rows of an entry over one span of
 // its context. Row r of an entry is query token r / group of its query head r % group of the kv
 // head.

@@ -44,8 +44,9 @@ from octavo_server.model import ModelSpec
 _MAX_KV_HEADS = 65535
 """What the second axis of a launch holds."""
 
-_STEP_BYTES = 512 * 2**20
-"""Left free for steps: the largest launch of float32 tokens with 64 heads of 128 stages 300 MiB."""
+_STEP_BYTES = 2**30
+"""Left free for steps, and for what torch's allocator rounds up: 4,096 float32 tokens of 128 heads stage 0.6 GB, and
+the partial results of a deterministic model are up to 0.5 GB."""
 
 _FLOAT_P, _INT32_P, _INT64_P = (
     ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_int32, ctypes.c_int64)
@@ -109,13 +110,11 @@ class CudaBackend:
 
     def free_bytes(self) -> int:
         """Return the bytes of device memory that are free for pools: all but what steps may need beside them."""
-        num_bytes = ctypes.c_int64()
-        self._library.call("free_bytes", self._device, ctypes.byref(num_bytes))
-        return max(num_bytes.value - _STEP_BYTES, 0)
+        return max(self._unused_bytes() - _STEP_BYTES, 0)
 
     def alloc_paged_int8_layer(self, spec: ModelSpec, num_blocks: int) -> PagedInt8Layer:
         """Allocate one layer of codes `[num_blocks, num_kv_heads, block_size, head_dim]`."""
-        check_layer_fits(spec, num_blocks, self.free_bytes())
+        check_layer_fits(spec, num_blocks, self._unused_bytes())
         rows = (num_blocks, spec.num_kv_heads, spec.block_size)
         codes, scales = (*rows, spec.head_dim), rows
         try:
@@ -224,6 +223,11 @@ class CudaBackend:
             pools.v_codes[blocks, :, offsets].cpu().numpy(),
             pools.v_scales[blocks, :, offsets].cpu().numpy(),
         )
+
+    def _unused_bytes(self) -> int:
+        num_bytes = ctypes.c_int64()
+        self._library.call("free_bytes", self._device, ctypes.byref(num_bytes))
+        return num_bytes.value
 
     def _describe(self) -> str:
         found = PropertiesStruct()
