@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.cuda.build import load_emulated
+from tests.cuda.build import CSRC, load_emulated
 from tests.cuda.rig import KERNELS, Rig
 
 
@@ -23,3 +25,10 @@ def rig(shared_rig: Rig) -> Iterator[Rig]:
     yield shared_rig
     library.octavo_emulator_clear_error()
     library.octavo_emulator_set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def probe() -> ctypes.CDLL:
+    """Return the host code and its probe."""
+    sources = [CSRC / "cuda" / "plan.cpp", CSRC / "cuda" / "staging.cpp"]
+    return load_emulated([*sources, Path(__file__).with_name("host_probe.cpp")])
