@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +105,51 @@ def test_a_bad_batch_is_refused_before_anything_runs(backend: CudaBackend, block
     with pytest.raises(ValueError, match="a block id within kv_lens"):
         backend.copy_blocks(cache, [(0, block_id)])
     assert backend.step(cache, one_token(), q, (k, k), return_lse=False).offences[0] == NO_OFFENCE
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape", "k_dtype", "text"),
+    [
+        (
+            (2, 2, 64),
+            (1, 1, 64),
+            np.float32,
+            r"q must be \[1, 2, 64\] float32, got \[2, 2, 64\] float32",
+        ),
+        ((1, 2, 64), (1, 1, 56), np.float32, r"k must be \[1, 1, 64\] float32, got \[1, 1, 56\]"),
+        ((1, 2, 64), (1, 1, 64), np.float16, r"k must be \[1, 1, 64\] float32, got .* float16"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_batch_are_refused(
+    backend: CudaBackend,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_dtype: type[np.floating[Any]],
+    text: str,
+) -> None:
+    cache = alloc_paged_int8_cache(backend, SMALL, num_blocks=4)
+    k = np.ones(k_shape, k_dtype)
+    with pytest.raises(ValueError, match=text):
+        backend.step(cache, one_token(), np.ones(q_shape, np.float32), (k, k), return_lse=False)
+    wide = np.ones((1, 2, 64), np.float64)
+    with pytest.raises(
+        ValueError, match="q must be .* float16, bfloat16 or float32, got .* float64"
+    ):
+        backend.step(cache, one_token(), wide, None, return_lse=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_more_splits_than_a_warp_has_lanes_merge(
+    library: Path, emulator: Emulator, head_dim: int
+) -> None:
+    """132 multiprocessors cut 8,500 tokens of one head into more than 32 spans."""
+    wide = EmulatedCudaBackend(library, num_multiprocessors=132)
+    rig = Rig(wide, make_spec(1, 4, head_dim, block_size=32, num_layers=1), num_blocks=280)
+    session = rig.open(8600)
+    rig.fill(session, 0, 8501)
+    entries = [Entry(session, 0, 3)]
+    rig.step(entries, rig.draw(entries))
+    del emulator
 
 
 def test_a_fault_is_a_device_error_and_stays_one(

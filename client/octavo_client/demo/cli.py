@@ -104,7 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--prompt", action="append", metavar="TEXT", help="a session's prompt; repeat it for more")
     add("--target", metavar="HOST:PORT", help="a running server; without it, one is started here")
-    add("--backend", help="backend of the server that is started here: auto, cpu or reference")
+    add(
+        "--backend", help="backend of the server that is started here: auto, cpu, cuda or reference"
+    )
     add("--tokens", type=int, default=240, metavar="N", help="tokens per session (%(default)s)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of all that is drawn (%(default)s)")

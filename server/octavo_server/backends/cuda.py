@@ -188,6 +188,8 @@ class CudaBackend:
         if not inputs:
             return StepOutput(None, None, np.full(batch.num_entries, NO_OFFENCE, np.int64))
         dtype = next(iter(inputs.values())).dtype
+        for name, array in inputs.items():
+            _check_tensor(name, array, dtype, cache.spec, int(batch.token_starts[-1]))
         out = None if q is None else np.empty(q.shape, dtype)
         lse = np.empty(q.shape[:2], np.float32) if q is not None and return_lse else None
         offences = np.empty(batch.num_entries, np.int64)
@@ -257,6 +259,19 @@ def _named(
     """Return the tensors that are there, by name."""
     queries = [] if q is None else [("q", q)]
     return queries if kv is None else [*queries, ("k", kv[0]), ("v", kv[1])]
+
+
+def _check_tensor(
+    name: str, array: HostArray, dtype: np.dtype[Any], spec: ModelSpec, num_tokens: int
+) -> None:
+    """Raise ValueError unless a tensor is what the library reads: it sees a pointer alone."""
+    num_heads = spec.num_q_heads if name == "q" else spec.num_kv_heads
+    shape = (num_tokens, num_heads, spec.head_dim)
+    if array.shape != shape or array.dtype != dtype or dtype not in DATA_TYPES:
+        expected = (
+            f"{list(shape)} {dtype if dtype in DATA_TYPES else 'float16, bfloat16 or float32'}"
+        )
+        raise ValueError(f"{name} must be {expected}, got {list(array.shape)} {array.dtype}")
 
 
 def _layer_struct(layer: PagedInt8Layer) -> LayerStruct:
