@@ -135,7 +135,7 @@ def _recipe(archs: Sequence[int]) -> Recipe:
 
     return Recipe(
         backend="cuda",
-        library="_".join([CUDA_LIBRARY, *map(str, ordered)]),
+        name="_".join([CUDA_LIBRARY, *map(str, ordered)]),
         folders=("common", "cuda", "include"),
         flags=(*NVCC_FLAGS, platform.machine()),
         compiler=_nvcc_version(),

@@ -54,7 +54,7 @@ class Recipe:
 
     Attributes:
         backend: Whose kernels they are.
-        library: Name of the library, without its suffix.
+        name: Name of the library, without its suffix.
         folders: Folders of csrc that it is made of.
         flags: What a build depends on besides the sources and the compiler.
         compiler: Name and version of the compiler; None where there is none.
@@ -63,7 +63,7 @@ class Recipe:
     """
 
     backend: str
-    library: str
+    name: str
     folders: tuple[str, ...]
     flags: tuple[str, ...]
     compiler: str | None
@@ -108,7 +108,7 @@ def cpu_recipe(compile_: Compile) -> Recipe:
     """
     return Recipe(
         backend="cpu",
-        library=CPU_LIBRARY,
+        name=CPU_LIBRARY,
         folders=("bindings", "common", "cpu", "include"),
         flags=(*CFLAGS, torch.__version__, platform.machine()),
         compiler=compiler_version(),
@@ -165,7 +165,7 @@ def build_library(recipe: Recipe, csrc: Path, cache: Path, *, verbose: bool) -> 
     content = content_hash(recipe, csrc)
     if recipe.compiler is None:
         return _any_build(recipe, cache, content)
-    library = cache / f"{content}-{_short_hash([recipe.compiler])}" / f"{recipe.library}.so"
+    library = cache / f"{content}-{_short_hash([recipe.compiler])}" / f"{recipe.name}.so"
     if is_intact(library):
         return library
     with _locked(recipe, library.parent):
@@ -237,7 +237,7 @@ def _digest_path(library: Path) -> Path:
 
 def _any_build(recipe: Recipe, cache: Path, content: str) -> Path:
     """Return a build of this content by any compiler: an image may carry it and no compiler."""
-    for library in sorted(cache.glob(f"{content}-*/{recipe.library}.so")):
+    for library in sorted(cache.glob(f"{content}-*/{recipe.name}.so")):
         if is_intact(library):
             return library
     raise UnsupportedError(

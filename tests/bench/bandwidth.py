@@ -23,7 +23,7 @@ Queue = Callable[[int], None]
 
 def measure_bandwidth(setting: Setting, num_bytes: int = BUFFER_BYTES) -> Bandwidth:
     """Measure both over a buffer of random bytes; the copy is of its first half onto its second."""
-    device, library = setting.device, setting.library
+    device, library = setting.device, setting.kernels
     buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
     for first in range(0, num_bytes, _CHUNK_BYTES):
         buffer[first : first + _CHUNK_BYTES].random_(0, 256)

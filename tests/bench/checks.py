@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tests.bench.library import HalfArray
+from tests.bench.bench_library import HalfArray
 from tests.bench.oracle_only import import_oracle
 from tests.bench.pool import HostStep, Pool
 

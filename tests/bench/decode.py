@@ -10,9 +10,9 @@ from itertools import groupby
 import torch
 
 from tests.bench import peers
+from tests.bench.bench_library import OCTAVO, THREE_PASS
 from tests.bench.checks import checked_entries, error_ratio
 from tests.bench.contest import Contestant, compete
-from tests.bench.library import OCTAVO, THREE_PASS
 from tests.bench.pool import HostStep, Pool, Rotation, draw_steps, rotating
 from tests.bench.results import (
     ORIGINAL,
@@ -78,7 +78,7 @@ def _num_copies(setting: Setting, case: Case) -> int:
 
 def _measure(setting: Setting, case: Case, pool: Pool) -> DecodeRow:
     steps = draw_steps(case, pool, _num_copies(setting, case))
-    with rotating(setting.library, pool, steps) as rotation:
+    with rotating(setting.kernels, pool, steps) as rotation:
         worst_error = _check(case, rotation, OCTAVO)
         ours = partial(rotation.launch, kernel=OCTAVO)
         contestants = [Contestant(OURS, "int8", case.cache_bytes, ours)]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tests.bench.library import ROOT, BenchLibrary
+from tests.bench.bench_library import ROOT, BenchLibrary
 
 H200_BYTES_PER_S = 4.8e12
 """What the issue's goals are fractions of."""

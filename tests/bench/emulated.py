@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.bench.library import sources
+from tests.bench.bench_library import sources
 from tests.cuda.build import build_emulated
 
 NOT_EMULATED = {"nominal_rate.cpp"}

@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from octavo_server.backends.base import UnsupportedError  # noqa: E402
 from octavo_server.cuda_build import find_nvcc  # noqa: E402
 from tests.bench.bandwidth import measure_bandwidth  # noqa: E402
+from tests.bench.bench_library import BenchError, BenchLibrary, build  # noqa: E402
 from tests.bench.decode import measure_decode  # noqa: E402
 from tests.bench.device import (  # noqa: E402
     GpuDevice,
@@ -36,7 +37,6 @@ from tests.bench.device import (  # noqa: E402
     nominal_rate,
 )
 from tests.bench.goals import decode_table, goals, goals_table, step_table  # noqa: E402
-from tests.bench.library import BenchError, BenchLibrary, build  # noqa: E402
 from tests.bench.results import Results, as_json, save  # noqa: E402
 from tests.bench.setting import Progress, Setting  # noqa: E402
 from tests.bench.shapes import decode_cases  # noqa: E402

@@ -6,7 +6,7 @@ import importlib
 import sys
 from types import ModuleType
 
-from tests.bench.library import ROOT
+from tests.bench.bench_library import ROOT
 
 _PACKAGE = "octavo_client"
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tests.bench.bench_library import BenchLibrary, HalfArray, Resident, StepStruct
 from tests.bench.device import Device
-from tests.bench.library import BenchLibrary, HalfArray, Resident, StepStruct
 from tests.bench.shapes import Case, Heads
 
 _CODES_STD = 40.0

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tests.bench.library import ROOT
+from tests.bench.bench_library import ROOT
 from tests.bench.oracle_only import import_oracle
 
 KERNEL_TESTS = ROOT / "tests" / "kernels"

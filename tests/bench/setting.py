@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from tests.bench.bench_library import BenchLibrary
 from tests.bench.device import Device
-from tests.bench.library import BenchLibrary
 from tests.bench.results import Results
 
 NUM_ROUNDS, NUM_QUICK_ROUNDS = 24, 20
@@ -43,14 +43,14 @@ class Setting:
 
     Attributes:
         device: What is measured.
-        library: The kernels on it.
+        kernels: The kernels on it.
         progress: The clock.
         quick: Whether only the cases of the goals are measured.
         results: Grows with each measurement.
     """
 
     device: Device
-    library: BenchLibrary
+    kernels: BenchLibrary
     progress: Progress
     quick: bool = False
     results: Results = field(default_factory=Results)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from tests.bench.bench_library import OCTAVO
 from tests.bench.checks import check_appended, checked_entries, error_ratio
 from tests.bench.contest import Contestant, compete
 from tests.bench.decode import CheckError
-from tests.bench.library import OCTAVO
 from tests.bench.pool import Pool, Rotation, draw_steps, rotating
 from tests.bench.results import AppendRow, StepRow, figures_of
 from tests.bench.setting import Setting
@@ -34,7 +34,7 @@ def measure_append(setting: Setting, case: Case, num_tokens: int) -> None:
     pool = Pool(setting.device, case.heads, case.block_size, copies * case.num_blocks)
     label = f"{total} tokens into {case.workload.name} {case.heads.label}"
     steps = draw_steps(case, pool, copies, num_tokens=num_tokens, appends=True, attends=False)
-    with rotating(setting.library, pool, steps) as rotation:
+    with rotating(setting.kernels, pool, steps) as rotation:
         _check_append(setting, rotation, total, label)
         contestant = Contestant(
             "append", "int8", moved, partial(rotation.launch, kernel=OCTAVO), in_graph=True
@@ -50,13 +50,13 @@ def measure_step(setting: Setting, case: Case = DECODE_STEP) -> None:
     """Measure a step that appends one token to each context and attends, three ways in turn."""
     pool = Pool(setting.device, case.heads, case.block_size, case.num_blocks)
     steps = draw_steps(case, pool, 1, appends=True)
-    with rotating(setting.library, pool, steps) as rotation:
+    with rotating(setting.kernels, pool, steps) as rotation:
         _check_step(setting, rotation)
-        host = setting.library.make_host(steps[0].struct(pool), 0)
+        host = setting.kernels.make_host(steps[0].struct(pool), 0)
         try:
             setting.results.step = _time_step(setting, case, rotation, host)
         finally:
-            setting.library.free_host(host)
+            setting.kernels.free_host(host)
     row = setting.results.step
     setting.progress.say(
         f"step of {row.label}: kernels {row.kernels.median:.1f} us, from pinned to pinned "
@@ -92,7 +92,7 @@ def _check_step(setting: Setting, rotation: Rotation) -> None:
 
 def _time_step(setting: Setting, case: Case, rotation: Rotation, host: int) -> StepRow:
     """Take a sample of each way in each round."""
-    device, library, resident = setting.device, setting.library, rotation.residents[0]
+    device, library, resident = setting.device, setting.kernels, rotation.residents[0]
     launches = partial(rotation.launch, 0, _KERNEL_LAUNCHES, OCTAVO)
     kernels: list[float] = []
     pinned: list[float] = []

@@ -17,11 +17,7 @@ from octavo_client.oracle import AttentionOptions, attention, check, dequantize
 from octavo_server.cuda_build import NVCC_FLAGS
 from tests.bench import contest, gpu, peers, steps
 from tests.bench.bandwidth import measure_bandwidth
-from tests.bench.checks import check_appended, error_ratio
-from tests.bench.contest import Contestant, compete
-from tests.bench.decode import measure_decode
-from tests.bench.emulated import EmulatedDevice, emulated_library
-from tests.bench.library import (
+from tests.bench.bench_library import (
     BENCH_SOURCES,
     INCLUDE_DIRS,
     OCTAVO,
@@ -30,6 +26,10 @@ from tests.bench.library import (
     BenchLibrary,
     HalfArray,
 )
+from tests.bench.checks import check_appended, error_ratio
+from tests.bench.contest import Contestant, compete
+from tests.bench.decode import measure_decode
+from tests.bench.emulated import EmulatedDevice, emulated_library
 from tests.bench.pool import HostStep, Pool, Rotation, draw_steps, rotating
 from tests.bench.results import ORIGINAL, OURS, OURS_IN_GRAPH
 from tests.bench.setting import Progress, Setting

@@ -21,7 +21,7 @@ def shared_rig() -> Rig:
 @pytest.fixture
 def rig(shared_rig: Rig) -> Iterator[Rig]:
     """Return the rig, in order and without a fault before and after."""
-    library = shared_rig.library
+    library = shared_rig.kernels
     yield shared_rig
     library.octavo_emulator_clear_error()
     library.octavo_emulator_set_seed(0)

@@ -36,7 +36,7 @@ class _Job(ctypes.Structure):
 class Rig:
     """The library of test kernels on its emulated device."""
 
-    library: ctypes.CDLL
+    kernels: ctypes.CDLL
 
     def run(
         self, name: str, given: Array, output: Array, *, option: int = 0, num_blocks: int = 1
@@ -64,23 +64,23 @@ class Rig:
     def take_fault(self) -> str:
         """Return the text of the fault there is, and clear it."""
         text = self.fault()
-        self.library.octavo_emulator_clear_error()
+        self.kernels.octavo_emulator_clear_error()
         return text
 
     def fault(self) -> str:
         """Return the text of the fault there is, or nothing."""
-        text: bytes = self.library.octavo_emulator_error()
+        text: bytes = self.kernels.octavo_emulator_error()
         return text.decode()
 
     def register(self, array: Array, *, is_written: bool) -> None:
         """Make an array memory of the device."""
         address, num_bytes = array.ctypes.data, array.nbytes
-        assert self.library.octavo_emulator_register(address, num_bytes) == 0
-        assert self.library.octavo_emulator_set_written(address, num_bytes, is_written) == 0
+        assert self.kernels.octavo_emulator_register(address, num_bytes) == 0
+        assert self.kernels.octavo_emulator_set_written(address, num_bytes, is_written) == 0
 
     def unregister(self, array: Array) -> None:
         """Take an array back from the device."""
-        assert self.library.octavo_emulator_unregister(array.ctypes.data) == 0
+        assert self.kernels.octavo_emulator_unregister(array.ctypes.data) == 0
 
     def launch(
         self,
@@ -102,5 +102,5 @@ class Rig:
             *(given.ctypes.data, given.nbytes, output.ctypes.data, output.nbytes),
             *(num_blocks, option, is_in_place),
         )
-        code: int = getattr(self.library, f"run_{file}")(kernel.encode(), ctypes.byref(job))
+        code: int = getattr(self.kernels, f"run_{file}")(kernel.encode(), ctypes.byref(job))
         return code

@@ -133,7 +133,7 @@ def test_tensors_that_do_not_fit_the_batch_are_refused(
         backend.step(cache, one_token(), np.ones(q_shape, np.float32), (k, k), return_lse=False)
     wide = np.ones((1, 2, 64), np.float64)
     with pytest.raises(
-        ValueError, match="q must be .* float16, bfloat16 or float32, got .* float64"
+        ValueError, match=r"q must be .* float16, bfloat16 or float32, got .* float64"
     ):
         backend.step(cache, one_token(), wide, None, return_lse=False)
 

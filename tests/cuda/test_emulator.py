@@ -259,7 +259,7 @@ def test_copy_fills_up_with_zeros(rig: Rig, size: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pipeline(rig: Rig, seed: int) -> None:
-    rig.library.octavo_emulator_set_seed(seed)
+    rig.kernels.octavo_emulator_set_seed(seed)
     given = np.random.default_rng(8).integers(-1000, 1000, (8, 64), dtype=np.int32)
     got = rig.run("memory.pipeline", given, np.zeros(64, np.int32))
     np.testing.assert_array_equal(got, given.sum(axis=0))
@@ -300,7 +300,7 @@ def test_atomics(rig: Rig) -> None:
 def test_seed_shuffles_blocks(rig: Rig) -> None:
     turns = {}
     for seed in (0, 1, 2):
-        rig.library.octavo_emulator_set_seed(seed)
+        rig.kernels.octavo_emulator_set_seed(seed)
         zero, output = np.zeros(1, np.int32), np.zeros(50, np.int32)
         turns[seed] = tuple(rig.run("memory.turns", zero, output, num_blocks=50).tolist())
     assert turns[0] == tuple(range(50))

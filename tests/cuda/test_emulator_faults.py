@@ -108,7 +108,7 @@ def test_every_planted_bug_is_tested() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_reported(rig: Rig, name: str, seed: int) -> None:
-    rig.library.octavo_emulator_set_seed(seed)
+    rig.kernels.octavo_emulator_set_seed(seed)
     text = rig.fail(f"planted.{name}", INPUT, np.zeros_like(INPUT))
     assert re.search(PLANTED[name][1], text), text
 
@@ -116,7 +116,7 @@ def test_planted_bug_is_reported(rig: Rig, name: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", PLANTED)
 def test_kernel_without_the_bug_passes(rig: Rig, name: str, seed: int) -> None:
-    rig.library.octavo_emulator_set_seed(seed)
+    rig.kernels.octavo_emulator_set_seed(seed)
     got = rig.run(f"planted.{name}", INPUT, np.zeros_like(INPUT))
     np.testing.assert_array_equal(got, PLANTED[name][0])
 
@@ -155,34 +155,34 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_host(rig: Rig, name: str) -> None:
-    assert (rig.library.run_host(name.encode()), rig.fault()) == (SCENARIOS[name], "")
+    assert (rig.kernels.run_host(name.encode()), rig.fault()) == (SCENARIOS[name], "")
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_host_of_a_faulty_kernel(rig: Rig, name: str) -> None:
-    assert rig.library.run_host(name.encode()) == LAUNCH_FAILURE
+    assert rig.kernels.run_host(name.encode()) == LAUNCH_FAILURE
     assert re.search(FAULTS[name], rig.fault())
 
 
 def test_fault_stays_until_cleared(rig: Rig) -> None:
-    rig.library.run_host(b"use_after_free")
+    rig.kernels.run_host(b"use_after_free")
     first = rig.fault()
-    assert rig.library.run_host(b"works") == LAUNCH_FAILURE
+    assert rig.kernels.run_host(b"works") == LAUNCH_FAILURE
     assert rig.take_fault() == first
-    assert rig.library.run_host(b"works") == 0
+    assert rig.kernels.run_host(b"works") == 0
 
 
 def test_resident_blocks(rig: Rig) -> None:
     """By threads, by shared memory, and none where the kernel is not allowed as much."""
     cases = [(64, 0), (256, 0), (128, 40 << 10), (128, 100 << 10)]
-    got = [rig.library.count_resident_blocks(*case) for case in cases]
+    got = [rig.kernels.count_resident_blocks(*case) for case in cases]
     assert got == [32, 8, 5, 0]
 
 
 def test_device_is_set(rig: Rig) -> None:
-    set_device = rig.library.octavo_emulator_set_device
+    set_device = rig.kernels.octavo_emulator_set_device
     assert set_device(b"shared_multiprocessor_bytes", 100 << 10) == 0
-    assert rig.library.count_resident_blocks(128, 40 << 10) == 2
+    assert rig.kernels.count_resident_blocks(128, 40 << 10) == 2
     set_device(b"shared_multiprocessor_bytes", 228 << 10)
     assert set_device(b"no_such_setting", 1) == -1
 
@@ -216,9 +216,9 @@ def test_registered_memory_is_unwritten_and_bounded(rig: Rig) -> None:
 
 def test_memory_is_registered_once(rig: Rig) -> None:
     memory = np.zeros(128, np.int8)
-    register = rig.library.octavo_emulator_register
+    register = rig.kernels.octavo_emulator_register
     rig.register(memory[32:64], is_written=True)
     assert register(memory.ctypes.data, 33) == -1
     assert register(memory[63:].ctypes.data, 8) == -1
     rig.unregister(memory[32:64])
-    assert rig.library.octavo_emulator_unregister(memory[32:].ctypes.data) == -1
+    assert rig.kernels.octavo_emulator_unregister(memory[32:].ctypes.data) == -1

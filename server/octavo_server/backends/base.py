@@ -1,8 +1,8 @@
 """The backend interface: three operations over paged INT8 layers, batched and ragged.
 
 A step is `int8_kv_append_paged` followed by `int8_paged_decode_attention` on the same `RaggedBatch`, which a backend
-may run as one. Arrays that cross this interface are host arrays (numpy; bfloat16 as `ml_dtypes.bfloat16`); where the pool
-lives, and in which layout, is the backend's own business.
+may run as one. Arrays that cross this interface are host arrays (numpy; bfloat16 as `ml_dtypes.bfloat16`); where the
+pool lives, and in which layout, is the backend's own business.
 """
 
 from __future__ import annotations
