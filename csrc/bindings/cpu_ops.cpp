@@ -149,8 +149,9 @@ Registry<BoundCache>& Caches() {
 
 PagedInt8Layer MakeLayer(const Tensor* pools, const PagedInt8Cache& cache) {
   const int64_t blocks = cache.num_blocks, heads = cache.num_kv_heads;
-  check_tensor("k_codes", pools[0], at::kChar, {blocks, heads, cache.head_dim, cache.block_size});
-  check_tensor("v_codes", pools[1], at::kChar, {blocks, heads, cache.block_size, cache.head_dim});
+  check_tensor("k_codes", pools[0], at::kChar,
+               {blocks, heads, cache.head_dim / kQuad, cache.block_size, kQuad});
+  check_tensor("v_codes", pools[1], at::kChar, {blocks, heads, cache.head_dim * cache.block_size});
   check_tensor("k_scales", pools[2], at::kHalf, {blocks, heads, cache.block_size});
   check_tensor("v_scales", pools[3], at::kHalf, {blocks, heads, cache.block_size});
   return {static_cast<int8_t*>(pools[0].data_ptr()), static_cast<int8_t*>(pools[1].data_ptr()),
@@ -179,7 +180,7 @@ int64_t make_cache(std::vector<Tensor> pools, int64_t num_q_heads, const Tensor&
                    const Tensor& soft_cap, const Tensor& window, const Tensor& sinks,
                    bool is_deterministic) {
   const auto num_layers = static_cast<int64_t>(pools.size()) / 4;
-  TORCH_CHECK_VALUE(num_layers > 0 && pools.size() % 4 == 0 && pools[0].dim() == 4,
+  TORCH_CHECK_VALUE(num_layers > 0 && pools.size() % 4 == 0 && pools[0].dim() == 5,
                     "pools must be four tensors a layer");
   auto bound = std::make_shared<BoundCache>();
   bound->tensors = std::move(pools);
@@ -190,7 +191,7 @@ int64_t make_cache(std::vector<Tensor> pools, int64_t num_q_heads, const Tensor&
   cache.num_blocks = static_cast<int32_t>(k_codes.size(0));
   cache.num_q_heads = static_cast<int32_t>(num_q_heads);
   cache.num_kv_heads = static_cast<int32_t>(k_codes.size(1));
-  cache.head_dim = static_cast<int32_t>(k_codes.size(2));
+  cache.head_dim = static_cast<int32_t>(k_codes.size(2) * kQuad);
   cache.block_size = static_cast<int32_t>(k_codes.size(3));
   cache.is_deterministic = is_deterministic;
   CheckShape(cache);

@@ -49,14 +49,20 @@ void Quantize(const AppendParams& params, const IsaKernels& kernels, const void*
 
 void StoreK(const QuantizedRow& row, const PagedInt8Cache& cache, const KvTile& tile,
             int64_t offset) {
-  int8_t* target = tile.k_codes + offset;
-  for (int32_t d = 0; d < cache.head_dim; ++d) target[d * cache.block_size] = row.codes[d];
+  int8_t* target = tile.k_codes + offset * kQuad;
+  for (int32_t d = 0; d < cache.head_dim; d += kQuad, target += cache.block_size * kQuad) {
+    std::memcpy(target, row.codes + d, kQuad);
+  }
   tile.k_scales[offset] = row.scale;
 }
 
 void StoreV(const QuantizedRow& row, const PagedInt8Cache& cache, const KvTile& tile,
             int64_t offset) {
-  std::memcpy(tile.v_codes + offset * cache.head_dim, row.codes, cache.head_dim);
+  for (int32_t column = 0; column < cache.head_dim; column += kValueColumn) {
+    const int32_t width = std::min(kValueColumn, cache.head_dim - column);
+    int8_t* target = tile.v_codes + column * cache.block_size + offset / kQuad * kQuad * width;
+    for (int32_t d = 0; d < width; ++d) target[d * kQuad + offset % kQuad] = row.codes[column + d];
+  }
   tile.v_scales[offset] = row.scale;
 }
 

@@ -131,6 +131,7 @@ class DecodeLaunch {
 
  private:
   int64_t OutRow(const RowTile& tile, int32_t row) const;
+  void AttendSpan(const SpanParams& span, SpanState* state) const;
   void LoadQueries(const RowTile& tile, bool is_checked, Queries* queries) const;
   SpanParams MakeSpanParams(const RowTile& tile, const Queries& queries) const;
   void SetSpan(const RowTile& tile, int32_t span_idx, SpanParams* span) const;
@@ -205,6 +206,7 @@ void DecodeLaunch::LoadQueries(const RowTile& tile, bool is_checked, Queries* qu
     const char* source = static_cast<const char*>(params_.q) + out_row * row_bytes;
     float* target = queries->rows + row * kMaxHeadDim;
     const uint32_t amax_bits = runtime_.kernels.load_row(params_.dtype, source, head_dim, target);
+    std::fill(target + head_dim, target + kMaxHeadDim, 0.0f);
     queries->factors[row] = TameQuery(amax_bits, head_dim, target);
     if (!is_checked || amax_bits < kFloatInfBits) continue;
     const int64_t num_q_heads = params_.cache.num_q_heads;
@@ -254,13 +256,19 @@ void DecodeLaunch::RunItem(const DecodeItem& item) const {
   }
 }
 
+void DecodeLaunch::AttendSpan(const SpanParams& span, SpanState* state) const {
+  const IsaKernels& kernels = runtime_.kernels;
+  const bool is_exact = params_.dtype == DataType::kFloat32;
+  (is_exact ? kernels.attend_span : kernels.attend_span_for_halves)(span, state);
+}
+
 void DecodeLaunch::AttendAllSpans(const RowTile& tile, SpanParams* span) const {
   SpanState state, next;
   SetSpan(tile, 0, span);
-  runtime_.kernels.attend_span(*span, &state);
+  AttendSpan(*span, &state);
   for (int32_t span_idx = 1; span_idx < tile.num_spans; ++span_idx) {
     SetSpan(tile, span_idx, span);
-    runtime_.kernels.attend_span(*span, &next);
+    AttendSpan(*span, &next);
     MergeRows(tile, next, &state);
   }
   StoreRows(tile, state);
@@ -271,7 +279,7 @@ void DecodeLaunch::AttendOneSpan(const DecodeItem& item, SpanParams* span) const
   const RowTile& tile = workspace_.tiles[item.tile_idx];
   SpanState* states = &workspace_.states[tile.first_state];
   SetSpan(tile, item.span_idx, span);
-  runtime_.kernels.attend_span(*span, &states[item.span_idx]);
+  AttendSpan(*span, &states[item.span_idx]);
   if (workspace_.num_spans_done[item.tile_idx].fetch_add(1) + 1 < tile.num_spans) return;
   for (int32_t i = 1; i < tile.num_spans; ++i) MergeRows(tile, states[i], &states[0]);
   StoreRows(tile, states[0]);

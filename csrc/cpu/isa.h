@@ -1,7 +1,8 @@
 // The kernels of one instruction set, as a table of functions, and the choice among them.
 //
-// The kernels (row_kernels.h, attention_kernels.h) are written once, against a small vocabulary of
-// vector operations (simd_*.h), and compiled once per instruction set (isa_*.cpp).
+// The kernels (row_kernels.h, float_attention.h, integer_attention.h) are written once, against a
+// small vocabulary of vector operations (simd_*.h), and compiled once per instruction set
+// (isa_*.cpp).
 
 #ifndef OCTAVO_CPU_ISA_H_
 #define OCTAVO_CPU_ISA_H_
@@ -71,8 +72,11 @@ struct IsaKernels {
   // Rounds row * inverse_scale to nearest even codes.
   void (*quantize_row)(const float* row, float inverse_scale, int num_elements, int8_t* codes);
 
-  // Attends over a span from a fresh state.
+  // Attends over a span from a fresh state, within the error that FP32 outputs may have.
   void (*attend_span)(const SpanParams& params, SpanState* state);
+
+  // The same within the error that FP16 and BF16 outputs may have.
+  void (*attend_span_for_halves)(const SpanParams& params, SpanState* state);
 };
 
 // Each returns null on a machine that lacks the instruction set.

@@ -20,7 +20,9 @@
 // clang-format off: the vocabulary comes before what is written in it
 #include "simd_avx2.h"
 #include "vector_math.h"
-#include "attention_kernels.h"
+#include "context_tile.h"
+#include "float_attention.h"
+#include "integer_attention.h"
 #include "row_kernels.h"
 // clang-format on
 
@@ -37,7 +39,8 @@ bool IsSupported() {
 }  // namespace
 
 const IsaKernels* Avx2Kernels() {
-  static constexpr IsaKernels kKernels = {"avx2", LoadRow, StoreRow, QuantizeRow, AttendSpan};
+  static constexpr IsaKernels kKernels = {"avx2",      LoadRow,           StoreRow,
+                                          QuantizeRow, AttendSpanInFloat, AttendSpanInIntegers};
   static const bool is_supported = IsSupported();
   return is_supported ? &kKernels : nullptr;
 }

@@ -1,4 +1,4 @@
-// The kernels in AVX-512.
+// The kernels in AVX-512 with VNNI.
 //
 // Headers shared with other translation units come before the target changes: an inline function
 // compiled for AVX-512 here could otherwise be the copy that the linker keeps for all.
@@ -18,12 +18,14 @@
 #include "octavo/paged_cache.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 
 // clang-format off: the vocabulary comes before what is written in it
 #include "simd_avx512.h"
 #include "vector_math.h"
-#include "attention_kernels.h"
+#include "context_tile.h"
+#include "float_attention.h"
+#include "integer_attention.h"
 #include "row_kernels.h"
 // clang-format on
 
@@ -35,14 +37,15 @@ namespace {
 bool IsSupported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
 }  // namespace
 
 const IsaKernels* Avx512Kernels() {
-  static constexpr IsaKernels kKernels = {"avx512", LoadRow, StoreRow, QuantizeRow, AttendSpan};
+  static constexpr IsaKernels kKernels = {"avx512",    LoadRow,           StoreRow,
+                                          QuantizeRow, AttendSpanInFloat, AttendSpanInIntegers};
   static const bool is_supported = IsSupported();
   return is_supported ? &kKernels : nullptr;
 }

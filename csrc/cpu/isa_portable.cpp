@@ -4,14 +4,16 @@
 // clang-format off: the vocabulary comes before what is written in it
 #include "simd_portable.h"
 #include "vector_math.h"
-#include "attention_kernels.h"
+#include "context_tile.h"
+#include "float_attention.h"
 #include "row_kernels.h"
 // clang-format on
 
 namespace octavo::cpu {
 
 const IsaKernels* PortableKernels() {
-  static constexpr IsaKernels kKernels = {"portable", LoadRow, StoreRow, QuantizeRow, AttendSpan};
+  static constexpr IsaKernels kKernels = {"portable",  LoadRow,           StoreRow,
+                                          QuantizeRow, AttendSpanInFloat, AttendSpanInFloat};
   return &kKernels;
 }
 

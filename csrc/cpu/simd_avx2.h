@@ -53,12 +53,17 @@ inline float ReduceAdd(Floats x) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-inline Floats LoadCodes(const int8_t* p) {
-  const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+// A vector of quads: four codes in each lane.
+using Quads = __m256i;
+inline Quads LoadQuads(const int8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 // Any head_dim is whole vectors: nothing remains.
-inline Floats LoadRemainingCodes(const int8_t* p) { return LoadCodes(p); }
+inline Quads LoadRemainingQuads(const int8_t* p) { return LoadQuads(p); }
+// Code j of each quad.
+inline Floats CodesOf(Quads quads, int j) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 24 - 8 * j), 24));
+}
 inline void StoreCodes(int8_t* p, Floats x) {
   const __m256i codes = _mm256_cvtps_epi32(x);
   const __m128i halves =
@@ -87,6 +92,81 @@ inline void StoreBfloat16s(uint16_t* p, Floats x) {
       _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
+
+// Dot products of codes with multipliers of 16 bits: pairs of products summed into 32 bits.
+//
+// A multiplier holds four numbers for the four codes of a quad: even.low, odd.low, even.high,
+// odd.high. Codes are widened to match, the even ones and the odd ones of a quad apart.
+inline constexpr float kMaxKeyMultiplier = 32767.0f;
+inline constexpr float kMaxWeightMultiplier = 32767.0f;
+
+struct Multiplier {
+  int32_t even;
+  int32_t odd;
+};
+struct DotSums {
+  __m256i sums;
+};
+struct Codes {
+  __m256i even;
+  __m256i odd;
+};
+
+inline DotSums NoSums() { return {_mm256_setzero_si256()}; }
+inline Codes WidenCodes(Quads quads) {
+  return {_mm256_srai_epi16(_mm256_slli_epi16(quads, 8), 8), _mm256_srai_epi16(quads, 8)};
+}
+inline Codes KeyCodes(Quads quads) { return WidenCodes(quads); }
+inline Codes ValueCodes(Quads quads) { return WidenCodes(quads); }
+
+struct Multipliers {
+  __m256i even;
+  __m256i odd;
+};
+inline Multipliers BroadcastMultiplier(const Multiplier& x) {
+  return {_mm256_set1_epi32(x.even), _mm256_set1_epi32(x.odd)};
+}
+inline DotSums AddProducts(DotSums sums, const Codes& codes, const Multipliers& x) {
+  const __m256i even = _mm256_madd_epi16(codes.even, x.even);
+  const __m256i odd = _mm256_madd_epi16(codes.odd, x.odd);
+  return {_mm256_add_epi32(sums.sums, _mm256_add_epi32(even, odd))};
+}
+inline DotSums AddKeyProducts(DotSums sums, const Codes& codes, const Multipliers& x) {
+  return AddProducts(sums, codes, x);
+}
+inline DotSums AddValueProducts(DotSums sums, const Codes& codes, const Multipliers& x) {
+  return AddProducts(sums, codes, x);
+}
+inline Floats ToFloats(DotSums sums) { return _mm256_cvtepi32_ps(sums.sums); }
+
+// Rounds two quads' worth of numbers to multipliers.
+inline void StoreMultipliers(Multiplier* p, Floats x) {
+  const __m256i numbers = _mm256_cvtps_epi32(x);
+  const __m256i low = _mm256_and_si256(numbers, _mm256_set1_epi32(0xffff));
+  const __m256i high = _mm256_slli_epi32(_mm256_shuffle_epi32(numbers, 0xee), 16);
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_or_si256(low, high), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(pairs));
+}
+inline void StoreKeyMultipliers(Multiplier* p, Floats x) { StoreMultipliers(p, x); }
+inline void StoreWeightMultipliers(Multiplier* p, Floats x) { StoreMultipliers(p, x); }
+// What sums of products of keys with these multipliers start from, in every lane.
+inline Multiplier KeySumStart(const Multiplier*, int) { return {0, 0}; }
+inline DotSums BroadcastSums(const Multiplier&) { return NoSums(); }
+
+// What rounding to multipliers left of q, 14 bits more of it, in units of 2^-14.
+inline constexpr float kFineUnits = 16384.0f;
+using FineMultiplier = Multiplier;
+using FineSums = DotSums;
+
+inline FineSums AddFineProducts(FineSums sums, const Codes& codes, const FineMultiplier& x) {
+  return AddProducts(sums, codes, BroadcastMultiplier(x));
+}
+inline Floats FineToFloats(FineSums sums) { return ToFloats(sums); }
+inline void StoreFineMultipliers(FineMultiplier* p, Floats x) {
+  StoreMultipliers(p, Mul(Sub(x, Round(x)), Broadcast(kFineUnits)));
+}
+inline int32_t FineSumStart(const FineMultiplier*, int) { return 0; }
+inline FineSums BroadcastFineSums(int32_t) { return NoSums(); }
 
 // A running maximum of absolute values, taken on their bits so that NaN counts as large.
 using MaxBits = __m256i;

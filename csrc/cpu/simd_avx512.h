@@ -45,14 +45,17 @@ inline Floats Select(Mask mask, Floats yes, Floats no) {
 inline float ReduceMax(Floats x) { return _mm512_reduce_max_ps(x); }
 inline float ReduceAdd(Floats x) { return _mm512_reduce_add_ps(x); }
 
-inline Floats LoadCodes(const int8_t* p) {
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+// A vector of quads: four codes in each lane.
+using Quads = __m512i;
+inline Quads LoadQuads(const int8_t* p) { return _mm512_loadu_si512(p); }
+// The 8 quads that a row of a head_dim that 16 does not divide ends with; the other lanes are zero.
+inline Quads LoadRemainingQuads(const int8_t* p) {
+  const __m256i quads = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_zextsi256_si512(quads);
 }
-// The 8 codes that a row of a head_dim that 16 does not divide ends with; the other lanes are zero.
-inline Floats LoadRemainingCodes(const int8_t* p) {
-  const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+// Code j of each quad.
+inline Floats CodesOf(Quads quads, int j) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 24 - 8 * j), 24));
 }
 inline void StoreCodes(int8_t* p, Floats x) {
   const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
@@ -78,6 +81,102 @@ inline void StoreBfloat16s(uint16_t* p, Floats x) {
   const __m512i halves = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(halves));
 }
+
+// Dot products of codes with multipliers of 16 bits, by VNNI: four products of bytes are summed
+// into 32 bits. A multiplier's high and low bytes have sums of their own.
+//
+// VNNI multiplies signed bytes with unsigned ones. Weights are unsigned, and V's codes are used as
+// they are. The numbers of q are signed, so K's codes have 128 added, and what that adds to the
+// products is taken off where sums start.
+inline constexpr float kMaxKeyMultiplier = 127 * 256;
+inline constexpr float kMaxWeightMultiplier = 65535.0f;
+
+struct Multiplier {
+  int32_t high;  // bytes of the four numbers for a quad's codes
+  int32_t low;
+};
+struct DotSums {
+  __m512i high;
+  __m512i low;
+};
+using Codes = __m512i;
+struct Multipliers {
+  __m512i high;
+  __m512i low;
+};
+
+inline DotSums NoSums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+inline Codes KeyCodes(Quads quads) { return _mm512_xor_si512(quads, _mm512_set1_epi8(-128)); }
+inline Codes ValueCodes(Quads quads) { return quads; }
+inline Multipliers BroadcastMultiplier(const Multiplier& x) {
+  return {_mm512_set1_epi32(x.high), _mm512_set1_epi32(x.low)};
+}
+inline DotSums AddKeyProducts(DotSums sums, Codes codes, const Multipliers& x) {
+  return {_mm512_dpbusd_epi32(sums.high, codes, x.high),
+          _mm512_dpbusd_epi32(sums.low, codes, x.low)};
+}
+inline DotSums AddValueProducts(DotSums sums, Codes codes, const Multipliers& x) {
+  return {_mm512_dpbusd_epi32(sums.high, x.high, codes),
+          _mm512_dpbusd_epi32(sums.low, x.low, codes)};
+}
+inline Floats ToFloats(DotSums sums) {
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sums.high, 8), sums.low));
+}
+
+// Writes the bytes of four quads' numbers.
+inline void StoreMultipliers(Multiplier* p, __m512i high, __m512i low) {
+  const __m128i high_bytes = _mm512_cvtepi32_epi8(high), low_bytes = _mm512_cvtepi32_epi8(low);
+  auto* target = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(target, _mm_unpacklo_epi32(high_bytes, low_bytes));
+  _mm_storeu_si128(target + 1, _mm_unpackhi_epi32(high_bytes, low_bytes));
+}
+// Rounds numbers to signed multipliers: number = high * 256 + low, both signed.
+inline void StoreKeyMultipliers(Multiplier* p, Floats x) {
+  const __m512i numbers = _mm512_cvtps_epi32(x);
+  const __m512i rounding = _mm512_set1_epi32(128);
+  StoreMultipliers(p, _mm512_srai_epi32(_mm512_add_epi32(numbers, rounding), 8), numbers);
+}
+// Rounds numbers to unsigned multipliers.
+inline void StoreWeightMultipliers(Multiplier* p, Floats x) {
+  const __m512i numbers = _mm512_cvtps_epi32(x);
+  StoreMultipliers(p, _mm512_srli_epi32(numbers, 8), numbers);
+}
+// What sums of products of keys with these multipliers start from, in every lane.
+inline Multiplier KeySumStart(const Multiplier* x, int num_quads) {
+  const __m512i offset = _mm512_set1_epi8(-128);  // 128, unsigned
+  DotSums sums = NoSums();
+  for (int quad = 0; quad < num_quads; ++quad) {
+    sums = AddKeyProducts(sums, offset, BroadcastMultiplier(x[quad]));
+  }
+  return {-_mm512_cvtsi512_si32(sums.high), -_mm512_cvtsi512_si32(sums.low)};
+}
+inline DotSums BroadcastSums(const Multiplier& start) {
+  return {_mm512_set1_epi32(start.high), _mm512_set1_epi32(start.low)};
+}
+
+// What rounding to multipliers left of q, 8 bits more of it, in units of 1/256.
+inline constexpr float kFineUnits = 256.0f;
+using FineMultiplier = int32_t;  // bytes of the four numbers for a quad's codes
+using FineSums = __m512i;
+
+inline FineSums NoFineSums() { return _mm512_setzero_si512(); }
+inline FineSums AddFineProducts(FineSums sums, Codes codes, FineMultiplier x) {
+  return _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(x));
+}
+inline Floats FineToFloats(FineSums sums) { return _mm512_cvtepi32_ps(sums); }
+inline void StoreFineMultipliers(FineMultiplier* p, Floats x) {
+  const __m512i rest = _mm512_cvtps_epi32(Mul(Sub(x, Round(x)), Broadcast(kFineUnits)));
+  const __m128i bytes = _mm512_cvtsepi32_epi8(rest);  // 128 becomes 127
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+inline int32_t FineSumStart(const FineMultiplier* x, int num_quads) {
+  FineSums sums = NoFineSums();
+  for (int quad = 0; quad < num_quads; ++quad) {
+    sums = AddFineProducts(sums, _mm512_set1_epi8(-128), x[quad]);
+  }
+  return -_mm512_cvtsi512_si32(sums);
+}
+inline FineSums BroadcastFineSums(int32_t start) { return _mm512_set1_epi32(start); }
 
 // A running maximum of absolute values, taken on their bits so that NaN counts as large.
 using MaxBits = __m512i;

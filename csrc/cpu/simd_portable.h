@@ -59,12 +59,19 @@ inline float ReduceMax(Floats x) {
 }
 inline float ReduceAdd(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-inline Floats LoadCodes(const int8_t* p) {
-  return Floats{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
-                static_cast<float>(p[3])};
+// A vector of quads: four codes in each lane.
+typedef int32_t Quads __attribute__((vector_size(16)));
+inline Quads LoadQuads(const int8_t* p) {
+  Quads x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
 }
 // Any head_dim is whole vectors: nothing remains.
-inline Floats LoadRemainingCodes(const int8_t* p) { return LoadCodes(p); }
+inline Quads LoadRemainingQuads(const int8_t* p) { return LoadQuads(p); }
+// Code j of each quad.
+inline Floats CodesOf(Quads quads, int j) {
+  return __builtin_convertvector((quads << (24 - 8 * j)) >> 24, Floats);
+}
 inline void StoreCodes(int8_t* p, Floats x) {
   const Mask codes = __builtin_convertvector(Round(x), Mask);
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<int8_t>(codes[lane]);

@@ -13,6 +13,8 @@ namespace octavo {
 
 inline constexpr int kMaxHeadDim = 256;
 inline constexpr int kHeadDimStep = 8;    // head_dim is a multiple of it
+inline constexpr int kQuad = 4;           // codes that lie together in the cpu's layout
+inline constexpr int kValueColumn = 16;   // dims of V that lie together there; the last 8 may remain
 inline constexpr int kMinBlockSize = 16;  // block_size is 16, 32, 64 or 128
 
 // Element type of q, k, v and out.
@@ -24,11 +26,13 @@ OCTAVO_HOST_DEVICE inline int64_t ElementBytes(DataType dtype) {
 }
 
 // One layer's pool. Blocks are head-major, so that a (block, kv head) is one contiguous run of
-// bytes, a tile. V runs along head_dim. The cpu's K runs along the slots: its lanes are tokens, and
-// a score needs no sum across lanes. CUDA's K runs along head_dim like V.
+// bytes, a tile. On the cpu four codes lie together as byte dot products take them: four dims of a
+// token in K, four tokens of a dim in V. Its lanes are tokens in K and dims in V, so that no sum
+// goes across lanes; V comes in columns of 16 dims, each read from end to end. On CUDA both run
+// along head_dim.
 struct PagedInt8Layer {
   int8_t* k_codes;     // [num_blocks, num_kv_heads, tile]
-  int8_t* v_codes;     // [num_blocks, num_kv_heads, block_size, head_dim]
+  int8_t* v_codes;     // [num_blocks, num_kv_heads, tile]
   uint16_t* k_scales;  // [num_blocks, num_kv_heads, block_size] float16 bits
   uint16_t* v_scales;  // [num_blocks, num_kv_heads, block_size] float16 bits
 };
@@ -43,8 +47,8 @@ struct LayerOptions {
 
 // One kv head of one block.
 struct KvTile {
-  int8_t* k_codes;     // [head_dim, block_size] on the cpu, [block_size, head_dim] on CUDA
-  int8_t* v_codes;     // [block_size, head_dim]
+  int8_t* k_codes;     // cpu: [head_dim / 4, block_size, 4]; CUDA: [block_size, head_dim]
+  int8_t* v_codes;     // cpu: [head_dim / 16, block_size / 4, 16, 4]; CUDA: [block_size, head_dim]
   uint16_t* k_scales;  // [block_size] float16 bits
   uint16_t* v_scales;  // [block_size] float16 bits
 };

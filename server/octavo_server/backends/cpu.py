@@ -1,7 +1,9 @@
 """The cpu backend: C++ kernels over INT8 blocks in host memory, chosen for this machine at run time.
 
-Pools are head-major: K `[block][kv_head][head_dim][slot]`, V `[block][kv_head][slot][head_dim]`,
-scales `[block][kv_head][slot]`. The kernels and what they promise are in csrc/cpu.
+Pools are head-major, with four codes side by side as byte dot products take them: K
+`[block][kv_head][head_dim / 4][slot][4]`, V in columns of 16 dims,
+`[block][kv_head][head_dim / 16][slot / 4][16][4]`, of which the last may have 8; scales
+`[block][kv_head][slot]`. The kernels and what they promise are in csrc/cpu.
 """
 
 from __future__ import annotations
@@ -35,6 +37,12 @@ from octavo_server.model import ModelSpec
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _NO_LSE = torch.empty(0)
+
+_QUAD = 4
+"""Codes that lie together in a pool: dims of a token in K, tokens of a dim in V."""
+
+_VALUE_COLUMN = 16
+"""Dims of V that lie together."""
 
 
 class CpuBackend:
@@ -74,10 +82,12 @@ class CpuBackend:
         """Allocate one layer, zeroed: its memory is then really there, before any step needs it."""
         check_layer_fits(spec, num_blocks, self.free_bytes())
         heads = (num_blocks, spec.num_kv_heads)
+        k_shape = (*heads, spec.head_dim // _QUAD, spec.block_size, _QUAD)
+        v_shape = (*heads, spec.head_dim * spec.block_size)
         try:
             return PagedInt8Layer(
-                k_codes=torch.zeros((*heads, spec.head_dim, spec.block_size), dtype=torch.int8),
-                v_codes=torch.zeros((*heads, spec.block_size, spec.head_dim), dtype=torch.int8),
+                k_codes=torch.zeros(k_shape, dtype=torch.int8),
+                v_codes=torch.zeros(v_shape, dtype=torch.int8),
                 k_scales=torch.zeros((*heads, spec.block_size), dtype=torch.float16),
                 v_scales=torch.zeros((*heads, spec.block_size), dtype=torch.float16),
             )
@@ -166,9 +176,9 @@ class CpuBackend:
             torch.from_numpy(idx) for idx in np.divmod(slots, np.int64(cache.spec.block_size))
         )
         return StoredTokens(
-            pools.k_codes[blocks, :, :, offsets].numpy(),
+            pools.k_codes[blocks, :, :, offsets].flatten(-2).numpy(),
             pools.k_scales[blocks, :, offsets].numpy(),
-            pools.v_codes[blocks, :, offsets].numpy(),
+            pools.v_codes[blocks[:, None], :, _v_places(cache.spec, offsets)].mT.numpy(),
             pools.v_scales[blocks, :, offsets].numpy(),
         )
 
@@ -196,6 +206,15 @@ class _BoundCache:
     def __init__(self, handle: int, free_cache: Callable[[int], None]) -> None:
         self.handle = handle
         weakref.finalize(self, free_cache, handle).atexit = False
+
+
+def _v_places(spec: ModelSpec, offsets: torch.Tensor) -> torch.Tensor:
+    """Return [num_tokens, head_dim] where the codes of V at some offsets of a block lie in it."""
+    dims = torch.arange(spec.head_dim)
+    columns = dims // _VALUE_COLUMN * _VALUE_COLUMN
+    widths = (spec.head_dim - columns).clamp(max=_VALUE_COLUMN)
+    quads, rests = offsets[:, None] // _QUAD, offsets[:, None] % _QUAD
+    return columns * spec.block_size + (quads * widths + dims - columns) * _QUAD + rests
 
 
 def available_isas() -> tuple[str, ...]:

@@ -1,0 +1,328 @@
+// Attention with integer dot products, for FP16 and BF16 inputs. Include after context_tile.h, in
+// an instruction set whose vocabulary has DotSums.
+//
+// Rows of q are rounded to 16 bits against their largest element, and a tile's weights against the
+// largest among them; products with codes are then summed without error. Where scores are so large
+// that 16 bits of q would show in them, what the rounding left is multiplied as well. Scores,
+// softmax and the sums over tiles are FP32.
+
+#ifndef OCTAVO_CPU_INTEGER_ATTENTION_H_
+#define OCTAVO_CPU_INTEGER_ATTENTION_H_
+
+#include "context_tile.h"
+
+namespace octavo::cpu {
+namespace {
+
+inline constexpr int kMaxBlockRows = 4;  // rows that keep their sums in registers together
+inline constexpr int kScoreVectorsInIntegers = 2;
+template <int kNumRows>
+inline constexpr int kValueVectorsInIntegers = kLanes == 16 && kNumRows <= 2 ? 4 : 2;
+
+// The error of scores, as it is to be expected, up to which 16 bits of q will do.
+inline constexpr float kCoarseError = 6e-5f;
+// That of a score with 16 bits of q, where factor and scale are 1 and head_dim is 1: rounding's
+// (1 / sqrt(12)) times that of codes (127 / 3 on normal data).
+inline constexpr float kErrorOfCoarseProduct = 12.2f;
+
+// A row of q as multipliers.
+struct QueryRow {
+  alignas(64) Multiplier quads[kMaxHeadDim / kQuad];
+  alignas(64) FineMultiplier fine_quads[kMaxHeadDim / kQuad];
+  Multiplier sum_start;
+  int32_t fine_sum_start;
+  float factor;  // what a dot product with codes is to be multiplied by
+};
+
+// A row's weights in a tile as multipliers.
+struct WeightRow {
+  alignas(64) Multiplier quads[kTileTokens / kQuad];
+  float factor;  // what a sum of products with codes is to be multiplied by
+};
+
+// What a span works with, besides its state.
+struct IntegerWork {
+  Tile tile;
+  QueryRow queries[kMaxTileRows];
+  WeightRow weights[kMaxTileRows];
+};
+
+inline float LargestMagnitude(const float* row, int num_elements) {
+  Floats largest = Zero();
+  for (int i = 0; i < num_elements; i += kLanes) largest = Max(largest, Abs(Load(row + i)));
+  return ReduceMax(largest);
+}
+
+// Rounds a row of q, whose elements past head_dim are zero. One so small that the inverse of its
+// largest element is beyond FP32 counts as zero: none of its scores is above 2^-60.
+inline void RoundQuery(const float* row, int head_dim, float row_factor, QueryRow* query) {
+  constexpr float kSmallest = 0x1p-100f;
+  const int num_elements = RoundUp(head_dim, kLanes);
+  const float largest = LargestMagnitude(row, num_elements);
+  const float inverse = largest < kSmallest ? 0.0f : kMaxKeyMultiplier / largest;
+  for (int d = 0; d < num_elements; d += kLanes) {
+    const Floats numbers = Mul(Load(row + d), Broadcast(inverse));
+    StoreKeyMultipliers(query->quads + d / kQuad, numbers);
+    StoreFineMultipliers(query->fine_quads + d / kQuad, numbers);
+  }
+  query->sum_start = KeySumStart(query->quads, head_dim / kQuad);
+  query->fine_sum_start = FineSumStart(query->fine_quads, head_dim / kQuad);
+  query->factor = largest / kMaxKeyMultiplier * row_factor;
+}
+
+// Dot products of kNumRows rows of q with kNumVectors vectors of slots.
+//
+// k: [head_dim / 4, stride / 4, 4] codes. scores: [kNumRows, kTileTokens].
+template <int kNumRows, int kNumVectors, bool kIsFine, bool kPrefetches>
+void ScorePassInIntegers(const int8_t* k, int stride, const QueryRow* queries, int num_quads,
+                         const int8_t* next, float* scores) {
+  constexpr int kStepBytes = kUnrolledQuads * kNumVectors * kQuadVectorBytes;
+  DotSums sums[kNumRows][kNumVectors];
+  FineSums fine_sums[kNumRows][kNumVectors];
+#pragma GCC unroll 4
+  for (int row = 0; row < kNumRows; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kNumVectors; ++i) {
+      sums[row][i] = BroadcastSums(queries[row].sum_start);
+      fine_sums[row][i] = BroadcastFineSums(queries[row].fine_sum_start);
+    }
+  }
+  for (int first_quad = 0; first_quad < num_quads; first_quad += kUnrolledQuads) {
+    if constexpr (kPrefetches) {
+      PrefetchLines<kStepBytes / kLineBytes>(next);
+      next += kStepBytes;
+    }
+#pragma GCC unroll 2
+    for (int quad = first_quad; quad < first_quad + kUnrolledQuads; ++quad) {
+      Codes codes[kNumVectors];
+#pragma GCC unroll 4
+      for (int i = 0; i < kNumVectors; ++i) {
+        codes[i] = KeyCodes(LoadQuads(k + i * kQuadVectorBytes));
+      }
+      k += stride;
+#pragma GCC unroll 4
+      for (int row = 0; row < kNumRows; ++row) {
+        const Multipliers x = BroadcastMultiplier(queries[row].quads[quad]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kNumVectors; ++i) {
+          sums[row][i] = AddKeyProducts(sums[row][i], codes[i], x);
+          if constexpr (kIsFine) {
+            fine_sums[row][i] =
+                AddFineProducts(fine_sums[row][i], codes[i], queries[row].fine_quads[quad]);
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < kNumRows; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kNumVectors; ++i) {
+      Floats score = ToFloats(sums[row][i]);
+      if constexpr (kIsFine) {
+        score = Fma(FineToFloats(fine_sums[row][i]), Broadcast(1.0f / kFineUnits), score);
+      }
+      Store(scores + row * kTileTokens + i * kLanes, score);
+    }
+  }
+}
+
+// Fills kNumRows rows of scores with q . k_codes, scales not yet applied.
+template <int kNumRows, bool kIsFine, bool kPrefetches>
+void ScoreSegmentsInIntegers(const PagedInt8Cache& cache, const Tile& tile, const QueryRow* queries,
+                             float* tile_scores) {
+  constexpr int kNumVectors = kScoreVectorsInIntegers;
+  const int head_dim = cache.head_dim;
+  const int stride = cache.block_size * kQuad;
+  for (int s = 0; s < tile.num_segments; ++s) {
+    const Segment& segment = tile.segments[s];
+    float* scores = tile_scores + segment.tile_offset;
+    int slot = 0;
+    for (; slot + kNumVectors * kLanes <= segment.num_slots; slot += kNumVectors * kLanes) {
+      ScorePassInIntegers<kNumRows, kNumVectors, kIsFine, kPrefetches>(
+          segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
+          segment.next_k_codes + slot * head_dim, scores + slot);
+    }
+    if constexpr (kLanes == 16) {
+      if (slot < segment.num_slots) {
+        ScorePassInIntegers<kNumRows, 1, kIsFine, kPrefetches>(
+            segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
+            segment.next_k_codes + slot * head_dim, scores + slot);
+      }
+    }
+  }
+}
+
+// Whether 16 bits of q will not do for one of the rows.
+inline bool NeedsFineScores(const PagedInt8Cache& cache, const Tile& tile, const QueryRow* queries,
+                            int num_rows) {
+  Floats largest_scale = Zero();
+  for (int i = 0; i < tile.num_tokens; i += kLanes) {
+    largest_scale = Max(largest_scale, Abs(Load(tile.k_scales + i)));
+  }
+  float factor = 0.0f;
+  for (int row = 0; row < num_rows; ++row) {
+    factor = queries[row].factor > factor ? queries[row].factor : factor;
+  }
+  const float error = kErrorOfCoarseProduct * factor * ReduceMax(largest_scale);
+  return error * error * static_cast<float>(cache.head_dim) > kCoarseError * kCoarseError;
+}
+
+template <int kNumRows, bool kPrefetches>
+void ScoreRowsInIntegers(const PagedInt8Cache& cache, const Tile& tile, const QueryRow* queries,
+                         float* scores) {
+  if (NeedsFineScores(cache, tile, queries, kNumRows)) {
+    ScoreSegmentsInIntegers<kNumRows, true, kPrefetches>(cache, tile, queries, scores);
+  } else {
+    ScoreSegmentsInIntegers<kNumRows, false, kPrefetches>(cache, tile, queries, scores);
+  }
+}
+
+// Rounds a row of weights against their largest.
+inline void RoundWeights(const Tile& tile, const float* weights, Floats largest_by_lane,
+                         WeightRow* rounded) {
+  const float largest = ReduceMax(largest_by_lane);
+  const Floats inverse = Broadcast(largest > 0.0f ? kMaxWeightMultiplier / largest : 0.0f);
+  for (int i = 0; i < tile.num_tokens; i += kLanes) {
+    StoreWeightMultipliers(rounded->quads + i / kQuad, Mul(Load(weights + i), inverse));
+  }
+  rounded->factor = largest / kMaxWeightMultiplier;
+}
+
+// Turns the tile's scores into weights and moves each row's softmax state.
+inline void SoftmaxTileInIntegers(const SpanParams& params, IntegerWork* work, SpanState* state) {
+  for (int row = 0; row < params.num_rows; ++row) {
+    float* scores = work->tile.scores + row * kTileTokens;
+    SoftmaxState& softmax = state->softmax[row];
+    const float max = FinishScores(params, work->tile, row, work->queries[row].factor, scores);
+    const float reference =
+        RaiseMax(max, params.cache->head_dim, &softmax, state->values + row * kMaxHeadDim);
+    const WeightTotals totals = TakeWeights(work->tile, reference, scores);
+    softmax.sum += totals.sum;
+    RoundWeights(work->tile, scores, totals.largest, &work->weights[row]);
+  }
+}
+
+// Adds weight * code to kNumVectors vectors of dims from `column` on, of kNumRows rows, over all
+// slots of a tile.
+//
+// values: [kNumRows, kMaxHeadDim]. kIsHalf: the one vector has only 8 elements.
+template <int kNumRows, int kNumVectors, bool kIsHalf, bool kPrefetches>
+void ValuePassInIntegers(const Tile& tile, const PagedInt8Cache& cache, int column,
+                         const WeightRow* weights, float* values) {
+  constexpr int kStepBytes = kUnrolledQuads * kNumVectors * kQuadVectorBytes / (kIsHalf ? 2 : 1);
+  const int stride = ValueStride(cache.head_dim, column);
+  DotSums sums[kNumRows][kNumVectors];
+#pragma GCC unroll 4
+  for (int row = 0; row < kNumRows; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kNumVectors; ++i) sums[row][i] = NoSums();
+  }
+  for (int s = 0; s < tile.num_segments; ++s) {
+    const Segment& segment = tile.segments[s];
+    const int8_t* next = segment.next_v_codes + column * segment.num_slots;
+    const int8_t* v[kNumVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kNumVectors; ++i) {
+      v[i] = ValueCodesAt(segment, cache.block_size, cache.head_dim, column + i * kLanes);
+    }
+    const int first_quad = segment.tile_offset / kQuad;
+    const int end_quad = first_quad + segment.num_slots / kQuad;
+    for (int quad = first_quad; quad < end_quad; quad += kUnrolledQuads) {
+      if constexpr (kPrefetches) {
+        PrefetchLines<kStepBytes / kLineBytes>(next);
+        next += kStepBytes;
+      }
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnrolledQuads; ++u) {
+        Codes codes[kNumVectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kNumVectors; ++i) {
+          codes[i] = ValueCodes(LoadValueQuads<kIsHalf>(v[i]));
+          v[i] += stride;
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < kNumRows; ++row) {
+          const Multipliers x = BroadcastMultiplier(weights[row].quads[quad + u]);
+#pragma GCC unroll 4
+          for (int i = 0; i < kNumVectors; ++i) {
+            sums[row][i] = AddValueProducts(sums[row][i], codes[i], x);
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < kNumRows; ++row) {
+    const Floats factor = Broadcast(weights[row].factor);
+#pragma GCC unroll 4
+    for (int i = 0; i < kNumVectors; ++i) {
+      float* value = values + row * kMaxHeadDim + column + i * kLanes;
+      Store(value, Fma(ToFloats(sums[row][i]), factor, Load(value)));
+    }
+  }
+}
+
+// Adds the tile's weighted values to kNumRows rows.
+template <int kNumRows, bool kPrefetches>
+void ValueRowsInIntegers(const Tile& tile, const PagedInt8Cache& cache, const WeightRow* weights,
+                         float* values) {
+  constexpr int kNumVectors = kValueVectorsInIntegers<kNumRows>;
+  const int head_dim = cache.head_dim;
+  int d = 0;
+  for (; d + kNumVectors * kLanes <= head_dim; d += kNumVectors * kLanes) {
+    ValuePassInIntegers<kNumRows, kNumVectors, false, kPrefetches>(tile, cache, d, weights, values);
+  }
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    ValuePassInIntegers<kNumRows, 1, false, kPrefetches>(tile, cache, d, weights, values);
+  }
+  if constexpr (kLanes == 16) {
+    if (d < head_dim) {
+      ValuePassInIntegers<kNumRows, 1, true, kPrefetches>(tile, cache, d, weights, values);
+    }
+  }
+}
+
+// Rows are worked on in one block, or in two of about the same size; the first one prefetches.
+template <int kNumRows>
+void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
+  constexpr int kFirst = kNumRows <= kMaxBlockRows ? kNumRows : (kNumRows + 1) / 2;
+  constexpr int kSecond = kNumRows - kFirst;
+  const int head_dim = params.cache->head_dim;
+  IntegerWork work;
+  Tile& tile = work.tile;
+  for (int row = 0; row < kNumRows; ++row) {
+    RoundQuery(params.q + row * kMaxHeadDim, head_dim, params.q_factors[row], &work.queries[row]);
+  }
+  int position = RoundDown(params.begin, 16);
+  while (position < params.end) {
+    LoadTile(params, position, &tile);
+    ScoreRowsInIntegers<kFirst, true>(*params.cache, tile, work.queries, tile.scores);
+    if constexpr (kSecond > 0) {
+      ScoreRowsInIntegers<kSecond, false>(*params.cache, tile, work.queries + kFirst,
+                                          tile.scores + kFirst * kTileTokens);
+    }
+    SoftmaxTileInIntegers(params, &work, state);
+    ValueRowsInIntegers<kFirst, true>(tile, *params.cache, work.weights, state->values);
+    if constexpr (kSecond > 0) {
+      ValueRowsInIntegers<kSecond, false>(tile, *params.cache, work.weights + kFirst,
+                                          state->values + kFirst * kMaxHeadDim);
+    }
+    position += tile.num_tokens;
+  }
+}
+
+void AttendSpanInIntegers(const SpanParams& params, SpanState* state) {
+  InitState(params.num_rows, state);
+  constexpr void (*kByNumRows[])(const SpanParams&, SpanState*) = {
+      AttendSpanInIntegersOf<1>, AttendSpanInIntegersOf<2>, AttendSpanInIntegersOf<3>,
+      AttendSpanInIntegersOf<4>, AttendSpanInIntegersOf<5>, AttendSpanInIntegersOf<6>,
+      AttendSpanInIntegersOf<7>, AttendSpanInIntegersOf<8>};
+  kByNumRows[params.num_rows - 1](params, state);
+  UnscaleValues(params.num_rows, params.cache->head_dim, state->values);
+}
+
+}  // namespace
+}  // namespace octavo::cpu
+
+#endif  // OCTAVO_CPU_INTEGER_ATTENTION_H_
