@@ -1,5 +1,5 @@
-// A tile of context as the attention kernels walk it: where its codes lie, its scales, and the
-// softmax over its scores. Include after a simd_*.h and vector_math.h.
+// A tile of context as the attention kernels walk it: where its codes lie, its scales, and which of
+// its tokens a row attends to. Include after a simd_*.h and vector_math.h.
 //
 // The context is walked in tiles of 64 tokens: scores of the tile, softmax, weighted values. Codes
 // are used in place: K's scales multiply the scores, V's scales fold into the weights. Per token
@@ -47,6 +47,7 @@ struct Tile {
   int begin;  // position of its first token
   int num_tokens;
   int num_segments;
+  float largest_k_scale;  // magnitude, times sm_scale
   Segment segments[kTileTokens / kMinBlockSize];
   alignas(64) float k_scales[kTileTokens];               // times sm_scale; 0 past kv_len
   alignas(64) float v_scales[kTileTokens];               // times kValueFactor; 0 past kv_len
@@ -133,6 +134,16 @@ inline void LoadTile(const SpanParams& params, int begin, Tile* tile) {
     LoadScales(params, segment, tile);
     position = segment_end;
   }
+  Floats largest = Zero();
+  for (int i = 0; i < tile->num_tokens; i += kLanes) {
+    largest = Max(largest, Abs(Load(tile->k_scales + i)));
+  }
+  tile->largest_k_scale = ReduceMax(largest);
+}
+
+// Whether a row attends to every token of a tile.
+inline bool AttendsToAll(const SpanParams& params, const Tile& tile, int row) {
+  return params.row_begin[row] <= tile.begin && params.row_end[row] >= tile.begin + tile.num_tokens;
 }
 
 // Applies the soft cap and the mask to a row of scores; returns the largest.
@@ -157,62 +168,6 @@ inline Floats CapAndMask(const SpanParams& params, const Tile& tile, int row, fl
   return max;
 }
 
-// Turns a row of dot products into scores: K's scales, the row's factor, the soft cap and the mask;
-// returns the largest. A score beyond FP32 becomes its largest number: infinity would make NaN of
-// the weights.
-inline float FinishScores(const SpanParams& params, const Tile& tile, int row, float q_factor,
-                          float* scores) {
-  const Floats factor = Broadcast(q_factor);
-  Floats max = Broadcast(kMinusInf);
-  for (int i = 0; i < tile.num_tokens; i += kLanes) {
-    Floats score = Mul(Mul(Load(scores + i), Load(tile.k_scales + i)), factor);
-    score = Clamp(score, kLargestFloat);
-    max = Max(max, score);
-    Store(scores + i, score);
-  }
-  const bool is_all_attended =
-      params.row_begin[row] <= tile.begin && params.row_end[row] >= tile.begin + tile.num_tokens;
-  if (!is_all_attended || params.options->soft_cap > 0.0f) {
-    max = CapAndMask(params, tile, row, scores);
-  }
-  return ReduceMax(max);
-}
-
-// Makes room for scores up to `max`: rescales a row's sum and weighted values to it. Returns what
-// weights are to be taken against: a row that has attended to nothing yet has only scores of -inf,
-// and any reference will do.
-inline float RaiseMax(float max, int head_dim, SoftmaxState* softmax, float* values) {
-  if (max > softmax->max) {
-    float own_factor, other_factor;
-    softmax->Merge({max, 0.0f}, &own_factor, &other_factor);
-    const Floats factor = Broadcast(own_factor);
-    for (int d = 0; d < RoundUp(head_dim, kLanes); d += kLanes) {
-      Store(values + d, Mul(Load(values + d), factor));
-    }
-  }
-  return softmax->max == kMinusInf ? 0.0f : softmax->max;
-}
-
-// What a row's weights in a tile come to.
-struct WeightTotals {
-  float sum;       // of exp(score - max)
-  Floats largest;  // of exp(score - max) * v_scale, by lane
-};
-
-// Turns a row of scores into weights exp(score - max) * v_scale.
-inline WeightTotals TakeWeights(const Tile& tile, float max, float* scores) {
-  const Floats reference = Broadcast(max);
-  Floats sum = Zero(), largest = Zero();
-  for (int i = 0; i < tile.num_tokens; i += kLanes) {
-    const Floats share = ExpOfNonPositive(Sub(Load(scores + i), reference));
-    sum = Add(sum, share);
-    const Floats weight = Mul(share, Load(tile.v_scales + i));
-    largest = Max(largest, weight);
-    Store(scores + i, weight);
-  }
-  return {ReduceAdd(sum), largest};
-}
-
 template <bool kIsHalf>
 inline Quads LoadValueQuads(const int8_t* p) {
   if constexpr (kIsHalf) {
@@ -220,6 +175,11 @@ inline Quads LoadValueQuads(const int8_t* p) {
   } else {
     return LoadQuads(p);
   }
+}
+
+inline void ScaleRow(float factor, int head_dim, float* row) {
+  const Floats factors = Broadcast(factor);
+  for (int d = 0; d < head_dim; d += kLanes) Store(row + d, Mul(Load(row + d), factors));
 }
 
 // Starts rows from nothing attended to.
@@ -230,11 +190,8 @@ inline void InitState(int num_rows, SpanState* state) {
 
 // Takes kValueFactor out of num_rows rows of weighted values.
 inline void UnscaleValues(int num_rows, int head_dim, float* values) {
-  const Floats factor = Broadcast(1.0f / kValueFactor);
-  for (int row = 0; row < num_rows; ++row, values += kMaxHeadDim) {
-    for (int d = 0; d < RoundUp(head_dim, kLanes); d += kLanes) {
-      Store(values + d, Mul(Load(values + d), factor));
-    }
+  for (int row = 0; row < num_rows; ++row) {
+    ScaleRow(1.0f / kValueFactor, head_dim, values + row * kMaxHeadDim);
   }
 }
 

@@ -105,6 +105,51 @@ void ScoreTile(const SpanParams& params, Tile* tile) {
   }
 }
 
+// Turns a row of dot products into scores: K's scales, the row's factor, the soft cap and the mask;
+// returns the largest. A score beyond FP32 becomes its largest number: infinity would make NaN of
+// the weights.
+inline float FinishScores(const SpanParams& params, const Tile& tile, int row, float q_factor,
+                          float* scores) {
+  const Floats factor = Broadcast(q_factor);
+  Floats max = Broadcast(kMinusInf);
+  for (int i = 0; i < tile.num_tokens; i += kLanes) {
+    Floats score = Mul(Mul(Load(scores + i), Load(tile.k_scales + i)), factor);
+    score = Clamp(score, kLargestFloat);
+    max = Max(max, score);
+    Store(scores + i, score);
+  }
+  const bool is_all_attended =
+      params.row_begin[row] <= tile.begin && params.row_end[row] >= tile.begin + tile.num_tokens;
+  if (!is_all_attended || params.options->soft_cap > 0.0f) {
+    max = CapAndMask(params, tile, row, scores);
+  }
+  return ReduceMax(max);
+}
+
+// Makes room for scores up to `max`: rescales a row's sum and weighted values to it. Returns what
+// weights are to be taken against: a row that has attended to nothing yet has only scores of -inf,
+// and any reference will do.
+inline float RaiseMax(float max, int head_dim, SoftmaxState* softmax, float* values) {
+  if (max > softmax->max) {
+    float own_factor, other_factor;
+    softmax->Merge({max, 0.0f}, &own_factor, &other_factor);
+    ScaleRow(own_factor, head_dim, values);
+  }
+  return softmax->max == kMinusInf ? 0.0f : softmax->max;
+}
+
+// Turns a row of scores into weights exp(score - max) * v_scale; returns the sum of exp.
+inline float TakeWeights(const Tile& tile, float max, float* scores) {
+  const Floats reference = Broadcast(max);
+  Floats sum = Zero();
+  for (int i = 0; i < tile.num_tokens; i += kLanes) {
+    const Floats share = ExpOfNonPositive(Sub(Load(scores + i), reference));
+    sum = Add(sum, share);
+    Store(scores + i, Mul(share, Load(tile.v_scales + i)));
+  }
+  return ReduceAdd(sum);
+}
+
 // Turns the tile's scores into weights and moves each row's softmax state.
 inline void SoftmaxTile(const SpanParams& params, Tile* tile, SpanState* state) {
   for (int row = 0; row < params.num_rows; ++row) {
@@ -113,7 +158,7 @@ inline void SoftmaxTile(const SpanParams& params, Tile* tile, SpanState* state) 
     const float max = FinishScores(params, *tile, row, params.q_factors[row], scores);
     const float reference =
         RaiseMax(max, params.cache->head_dim, &softmax, state->values + row * kMaxHeadDim);
-    softmax.sum += TakeWeights(*tile, reference, scores).sum;
+    softmax.sum += TakeWeights(*tile, reference, scores);
   }
 }
 

@@ -40,11 +40,21 @@ struct WeightRow {
   float factor;  // what a sum of products with codes is to be multiplied by
 };
 
+// The online softmax of one row, over scores of a unit of its own: that of a dot product times K's
+// scale, so that the row's factor costs nothing. A soft cap needs scores as they are, in units
+// of 1.
+struct RowSoftmax {
+  float max;  // in units
+  float sum;  // of exp(score - max)
+  float unit;
+};
+
 // What a span works with, besides its state.
 struct IntegerWork {
   Tile tile;
   QueryRow queries[kMaxTileRows];
   WeightRow weights[kMaxTileRows];
+  RowSoftmax softmax[kMaxTileRows];
 };
 
 inline float LargestMagnitude(const float* row, int num_elements) {
@@ -156,15 +166,11 @@ void ScoreSegmentsInIntegers(const PagedInt8Cache& cache, const Tile& tile, cons
 // Whether 16 bits of q will not do for one of the rows.
 inline bool NeedsFineScores(const PagedInt8Cache& cache, const Tile& tile, const QueryRow* queries,
                             int num_rows) {
-  Floats largest_scale = Zero();
-  for (int i = 0; i < tile.num_tokens; i += kLanes) {
-    largest_scale = Max(largest_scale, Abs(Load(tile.k_scales + i)));
-  }
   float factor = 0.0f;
   for (int row = 0; row < num_rows; ++row) {
     factor = queries[row].factor > factor ? queries[row].factor : factor;
   }
-  const float error = kErrorOfCoarseProduct * factor * ReduceMax(largest_scale);
+  const float error = kErrorOfCoarseProduct * factor * tile.largest_k_scale;
   return error * error * static_cast<float>(cache.head_dim) > kCoarseError * kCoarseError;
 }
 
@@ -178,29 +184,90 @@ void ScoreRowsInIntegers(const PagedInt8Cache& cache, const Tile& tile, const Qu
   }
 }
 
-// Rounds a row of weights against their largest.
-inline void RoundWeights(const Tile& tile, const float* weights, Floats largest_by_lane,
-                         WeightRow* rounded) {
-  const float largest = ReduceMax(largest_by_lane);
-  const Floats inverse = Broadcast(largest > 0.0f ? kMaxWeightMultiplier / largest : 0.0f);
-  for (int i = 0; i < tile.num_tokens; i += kLanes) {
-    StoreWeightMultipliers(rounded->quads + i / kQuad, Mul(Load(weights + i), inverse));
+// Turns a row of dot products into scores in the row's unit; returns the largest, by lane.
+inline Floats ScaleScores(const Tile& tile, int num_tokens, float* scores) {
+  Floats max = Broadcast(kMinusInf);
+#pragma GCC unroll 8
+  for (int i = 0; i < num_tokens; i += kLanes) {
+    const Floats score = Mul(Load(scores + i), Load(tile.k_scales + i));
+    max = Max(max, score);
+    Store(scores + i, score);
   }
-  rounded->factor = largest / kMaxWeightMultiplier;
+  return max;
 }
 
-// Turns the tile's scores into weights and moves each row's softmax state.
-inline void SoftmaxTileInIntegers(const SpanParams& params, IntegerWork* work, SpanState* state) {
-  for (int row = 0; row < params.num_rows; ++row) {
-    float* scores = work->tile.scores + row * kTileTokens;
-    SoftmaxState& softmax = state->softmax[row];
-    const float max = FinishScores(params, work->tile, row, work->queries[row].factor, scores);
-    const float reference =
-        RaiseMax(max, params.cache->head_dim, &softmax, state->values + row * kMaxHeadDim);
-    const WeightTotals totals = TakeWeights(work->tile, reference, scores);
-    softmax.sum += totals.sum;
-    RoundWeights(work->tile, scores, totals.largest, &work->weights[row]);
+// Takes scores into units of 1, bounded to what FP32 holds.
+inline void ApplyFactor(const Tile& tile, float factor, float* scores) {
+  for (int i = 0; i < tile.num_tokens; i += kLanes) {
+    Store(scores + i, Clamp(Mul(Load(scores + i), Broadcast(factor)), kLargestFloat));
   }
+}
+
+// Makes room for scores up to `max`: rescales the row's sum and weighted values to it.
+inline void RaiseMaxInIntegers(float max, int head_dim, RowSoftmax* softmax, float* values) {
+  if (!(max > softmax->max)) return;
+  if (softmax->max != kMinusInf) {
+    const float factor = __builtin_expf((softmax->max - max) * softmax->unit);
+    softmax->sum *= factor;
+    ScaleRow(factor, head_dim, values);
+  }
+  softmax->max = max;
+}
+
+// Turns a row of scores into weights exp(score - max) * v_scale and rounds them against their
+// largest; returns the sum of exp. kIsMasked: scores of -inf have no weight, others may not occur.
+template <bool kIsMasked>
+inline float TakeWeightsInIntegers(const Tile& tile, int num_tokens, const RowSoftmax& softmax,
+                                   float* scores, WeightRow* rounded) {
+  constexpr float kLog2OfE = 1.44269504f;
+  const float max = softmax.max == kMinusInf ? 0.0f : softmax.max;
+  const Floats unit = Broadcast(softmax.unit * kLog2OfE);
+  const Floats reference = Broadcast(max);
+  Floats sum = Zero(), largest = Zero();
+#pragma GCC unroll 8
+  for (int i = 0; i < num_tokens; i += kLanes) {
+    const Floats score = Load(scores + i);
+    Floats share = Exp2OfNonPositive(Mul(Sub(score, reference), unit));
+    if constexpr (kIsMasked) {
+      share = Select(Less(Broadcast(kMinusInf), score), share, Zero());
+    }
+    sum = Add(sum, share);
+    const Floats weight = Mul(share, Load(tile.v_scales + i));
+    largest = Max(largest, weight);
+    Store(scores + i, weight);
+  }
+  const float limit = ReduceMax(largest);
+  const Floats inverse = Broadcast(limit > 0.0f ? kMaxWeightMultiplier / limit : 0.0f);
+#pragma GCC unroll 4
+  for (int i = 0; i < num_tokens; i += 2 * kLanes) {
+    const Floats next = i + kLanes < num_tokens ? Load(scores + i + kLanes) : Zero();
+    StoreWeightMultipliers(rounded->quads + i / kQuad, Mul(Load(scores + i), inverse),
+                           Mul(next, inverse));
+  }
+  rounded->factor = limit / kMaxWeightMultiplier;
+  return ReduceAdd(sum);
+}
+
+// Turns a row of dot products into weights and moves its softmax.
+inline void SoftmaxRowInIntegers(const SpanParams& params, int row, IntegerWork* work,
+                                 float* values) {
+  const int head_dim = params.cache->head_dim;
+  const Tile& tile = work->tile;
+  const bool has_cap = params.options->soft_cap > 0.0f;
+  RowSoftmax& softmax = work->softmax[row];
+  WeightRow* weights = &work->weights[row];
+  float* scores = work->tile.scores + row * kTileTokens;
+  if (tile.num_tokens == kTileTokens && AttendsToAll(params, tile, row) && !has_cap) {
+    const Floats max = ScaleScores(tile, kTileTokens, scores);
+    RaiseMaxInIntegers(ReduceMax(max), head_dim, &softmax, values);
+    softmax.sum += TakeWeightsInIntegers<false>(tile, kTileTokens, softmax, scores, weights);
+    return;
+  }
+  ScaleScores(tile, tile.num_tokens, scores);
+  if (has_cap) ApplyFactor(tile, work->queries[row].factor, scores);
+  const Floats max = CapAndMask(params, tile, row, scores);
+  RaiseMaxInIntegers(ReduceMax(max), head_dim, &softmax, values);
+  softmax.sum += TakeWeightsInIntegers<true>(tile, tile.num_tokens, softmax, scores, weights);
 }
 
 // Adds weight * code to kNumVectors vectors of dims from `column` on, of kNumRows rows, over all
@@ -283,6 +350,14 @@ void ValueRowsInIntegers(const Tile& tile, const PagedInt8Cache& cache, const We
   }
 }
 
+// The state of a row whose scores had units: a score beyond FP32 is its largest number.
+inline SoftmaxState InUnitsOfOne(const RowSoftmax& softmax) {
+  if (softmax.max == kMinusInf) return {kMinusInf, 0.0f};
+  const float max = softmax.max * softmax.unit;
+  const float bounded = max > kLargestFloat ? kLargestFloat : max;
+  return {bounded < -kLargestFloat ? -kLargestFloat : bounded, softmax.sum};
+}
+
 // Rows are worked on in one block, or in two of about the same size; the first one prefetches.
 template <int kNumRows>
 void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
@@ -292,7 +367,10 @@ void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
   IntegerWork work;
   Tile& tile = work.tile;
   for (int row = 0; row < kNumRows; ++row) {
-    RoundQuery(params.q + row * kMaxHeadDim, head_dim, params.q_factors[row], &work.queries[row]);
+    QueryRow* query = &work.queries[row];
+    RoundQuery(params.q + row * kMaxHeadDim, head_dim, params.q_factors[row], query);
+    const float unit = params.options->soft_cap > 0.0f ? 1.0f : query->factor;
+    work.softmax[row] = {kMinusInf, 0.0f, unit};
   }
   int position = RoundDown(params.begin, 16);
   while (position < params.end) {
@@ -302,7 +380,9 @@ void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
       ScoreRowsInIntegers<kSecond, false>(*params.cache, tile, work.queries + kFirst,
                                           tile.scores + kFirst * kTileTokens);
     }
-    SoftmaxTileInIntegers(params, &work, state);
+    for (int row = 0; row < kNumRows; ++row) {
+      SoftmaxRowInIntegers(params, row, &work, state->values + row * kMaxHeadDim);
+    }
     ValueRowsInIntegers<kFirst, true>(tile, *params.cache, work.weights, state->values);
     if constexpr (kSecond > 0) {
       ValueRowsInIntegers<kSecond, false>(tile, *params.cache, work.weights + kFirst,
@@ -310,6 +390,7 @@ void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
     }
     position += tile.num_tokens;
   }
+  for (int row = 0; row < kNumRows; ++row) state->softmax[row] = InUnitsOfOne(work.softmax[row]);
 }
 
 void AttendSpanInIntegers(const SpanParams& params, SpanState* state) {

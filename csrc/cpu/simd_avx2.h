@@ -148,7 +148,15 @@ inline void StoreMultipliers(Multiplier* p, Floats x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(pairs));
 }
 inline void StoreKeyMultipliers(Multiplier* p, Floats x) { StoreMultipliers(p, x); }
-inline void StoreWeightMultipliers(Multiplier* p, Floats x) { StoreMultipliers(p, x); }
+// Rounds numbers, those of a before those of b, to multipliers.
+inline void StoreWeightMultipliers(Multiplier* p, Floats a, Floats b) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+  // Within 16 bytes there are now a quad of a and one of b.
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+  const __m256i multipliers = _mm256_shuffle_epi8(words, order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(multipliers, 0xd8));
+}
 // What sums of products of keys with these multipliers start from, in every lane.
 inline Multiplier KeySumStart(const Multiplier*, int) { return {0, 0}; }
 inline DotSums BroadcastSums(const Multiplier&) { return NoSums(); }

@@ -136,11 +136,17 @@ inline void StoreKeyMultipliers(Multiplier* p, Floats x) {
   const __m512i rounding = _mm512_set1_epi32(128);
   StoreMultipliers(p, _mm512_srai_epi32(_mm512_add_epi32(numbers, rounding), 8), numbers);
 }
-// Rounds numbers to unsigned multipliers.
-inline void StoreWeightMultipliers(Multiplier* p, Floats x) {
-  const __m512i numbers = _mm512_cvtps_epi32(x);
-  StoreMultipliers(p, _mm512_srli_epi32(numbers, 8), numbers);
+// Rounds numbers, those of a before those of b, to unsigned multipliers.
+inline void StoreWeightMultipliers(Multiplier* p, Floats a, Floats b) {
+  const __m512i words = _mm512_packus_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+  // Within 16 bytes there are now a quad of a and one of b, in words.
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+  const __m512i multipliers = _mm512_shuffle_epi8(words, order);
+  const __m512i quads = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi64(quads, multipliers));
 }
+
 // What sums of products of keys with these multipliers start from, in every lane.
 inline Multiplier KeySumStart(const Multiplier* x, int num_quads) {
   const __m512i offset = _mm512_set1_epi8(-128);  // 128, unsigned
