@@ -4,6 +4,7 @@
 #include <chrono>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -47,6 +48,16 @@ void RunAfterSleeps(ThreadPool& pool) {
   }
 }
 
+// Bound to cores, two a core where there are too few.
+void RunBound() {
+  const std::vector<int> available = cpu::AvailableCores();
+  std::vector<int> cores;
+  for (int i = 0; i < kNumThreads; ++i) cores.push_back(available[i % available.size()]);
+  ThreadPool pool(kNumThreads, std::move(cores));
+  std::thread caller([&] { RunFromTwoCallers(pool); });  // it stays bound
+  caller.join();
+}
+
 void EndIdlePools() {
   for (int i = 0; i < kPoolsPerRound; ++i) {
     ThreadPool pool(1 + i % kNumThreads);
@@ -74,6 +85,7 @@ void DrillPool(int num_rounds) {
     RunJobs(pool, kJobsPerRound);
     RunFromTwoCallers(pool);
     RunAfterSleeps(pool);
+    RunBound();
     EndIdlePools();
     ForkIdlePool();
   }
