@@ -15,9 +15,10 @@ namespace {
 constexpr uint32_t kShut = 1u << 31;
 constexpr int kSpinsBeforeYield = 200;
 
-// How long an idle thread spins before it sleeps: a step's append is followed by its attention.
+// How long an idle thread spins before it sleeps: launches that Python makes one after the other
+// are up to 40 us apart. Jobs that are not shared out neither wake a thread nor make it spin on.
 using Clock = std::chrono::steady_clock;
-constexpr auto kSpinTime = std::chrono::microseconds(20);
+constexpr auto kSpinTime = std::chrono::microseconds(50);
 
 constexpr int kMaxCores = 8192;
 using CoreSet = cpu_set_t[kMaxCores / CPU_SETSIZE];
