@@ -13,7 +13,7 @@ namespace octavo::cpu {
 namespace {
 
 constexpr uint32_t kShut = 1u << 31;
-constexpr int kSpinsBeforeYield = 200;
+constexpr int kSpinsPerYield = 16;  // about 1 us
 
 // How long an idle thread spins before it sleeps: launches that Python makes one after the other
 // are up to 40 us apart. Jobs that are not shared out neither wake a thread nor make it spin on.
@@ -29,6 +29,16 @@ void Pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Waits for a moment, as the spins-th of many; now and then, whoever else wants this core has it.
+// A thread that was woken may be on the core of the very thread that it waits for.
+void Spin(int spins) {
+  if (spins % kSpinsPerYield == 0) {
+    std::this_thread::yield();
+  } else {
+    Pause();
+  }
 }
 
 // Does nothing when the core was taken from this process meanwhile.
@@ -83,13 +93,7 @@ void ThreadPool::Run(const Job& job, bool is_parallel) {
   Announce(job.num_items);
   ClaimItems();
   gate_.fetch_or(kShut);
-  for (int spins = 0; gate_.load(std::memory_order_acquire) != kShut; ++spins) {
-    if (spins < kSpinsBeforeYield) {
-      Pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  for (int spins = 1; gate_.load(std::memory_order_acquire) != kShut; ++spins) Spin(spins);
 }
 
 // Tells idle workers of a job, and wakes as many sleepers as it can use.
@@ -127,7 +131,7 @@ void ThreadPool::WorkerLoop() {
 bool ThreadPool::WaitForJob(uint64_t* seen_job) {
   const auto has_news = [&] { return num_jobs_.load() != *seen_job || is_stopping_.load(); };
   const auto spin_end = Clock::now() + kSpinTime;
-  while (!has_news() && Clock::now() < spin_end) Pause();
+  for (int spins = 1; !has_news() && Clock::now() < spin_end; ++spins) Spin(spins);
   if (!has_news()) {
     std::unique_lock<std::mutex> lock(workers_->sleep_mutex);
     num_sleepers_.fetch_add(1);
