@@ -26,7 +26,7 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo test test-gpu bench-gpu lint format proto build wheel clean compiler-is-there
+.PHONY: help demo test test-asan test-tsan test-gpu bench-gpu lint format proto build wheel clean compiler-is-there
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,12 @@ demo: compiler-is-there $(DEMO_STAMP)  ## Serve a real model's decoding on loopb
 
 test: compiler-is-there $(DEV_STAMP)  ## Run all tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-asan: compiler-is-there $(DEV_STAMP)  ## Run the cpu kernel tests under ASan and UBSan.
+	$(BIN)/python -m tests.sanitizers.run_kernel_tests $(PYTEST_ARGS)
+
+test-tsan: compiler-is-there $(DEV_STAMP)  ## Drill the cpu backend's threads under TSan.
+	$(BIN)/python -m tests.sanitizers.thread_drills
 
 # On a GPU machine: with $(PYTHON) as it is and the packages that it has; nothing is installed.
 test-gpu:  ## Run the kernel tests on the GPU that is here, and the sanitizer over some of them.

@@ -98,7 +98,8 @@ class Registry {
 
 // Kernels and threads; calls take turns.
 struct SharedRuntime {
-  SharedRuntime(const cpu::IsaKernels& kernels, int num_threads) : runtime(kernels, num_threads) {}
+  SharedRuntime(const cpu::IsaKernels& kernels, int num_threads, std::vector<int> cores)
+      : runtime(kernels, num_threads, std::move(cores)) {}
 
   cpu::Runtime runtime;
   std::mutex mutex;
@@ -110,12 +111,22 @@ Registry<SharedRuntime>& Runtimes() {
   return *registry;
 }
 
-int64_t make_runtime(int64_t num_threads, const std::string& isa) {
+// num_threads: 0 = one for each core that this thread may run on.
+// pin_threads: bind thread i to the i-th of those cores.
+int64_t make_runtime(int64_t num_threads, const std::string& isa, bool pin_threads) {
   const cpu::IsaKernels* kernels = cpu::FindKernels(isa.c_str());
   TORCH_CHECK_VALUE(kernels != nullptr, "this machine has no instruction set ", isa);
   TORCH_CHECK_VALUE(num_threads >= 0, "num_threads must not be negative, got ", num_threads);
-  const int count = num_threads > 0 ? static_cast<int>(num_threads) : cpu::NumAvailableCores();
-  return Runtimes().Add(std::make_shared<SharedRuntime>(*kernels, count));
+  std::vector<int> cores = cpu::AvailableCores();
+  const auto num_cores = static_cast<int64_t>(cores.size());
+  const int64_t count = num_threads > 0 ? num_threads : num_cores;
+  TORCH_CHECK_VALUE(!pin_threads || count <= num_cores,
+                    "pin_threads gives each thread a core of its own: num_threads is ", count,
+                    ", and this process may use ", num_cores,
+                    " cores; lower num_threads, or leave pin_threads out");
+  if (!pin_threads) cores.clear();
+  return Runtimes().Add(
+      std::make_shared<SharedRuntime>(*kernels, static_cast<int>(count), std::move(cores)));
 }
 
 void free_runtime(int64_t handle) { Runtimes().Remove(handle); }

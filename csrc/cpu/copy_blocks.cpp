@@ -30,7 +30,9 @@ Status CopyBlocks(const PagedInt8Cache& cache, const int64_t (*copies)[2], int64
       if (block < 0 || block >= cache.num_blocks) return Status::kBlockOutOfRange;
     }
   }
-  runtime.threads.ForEach(cache.num_layers, true, [&](int64_t layer) {
+  const int64_t num_codes = int64_t{2} * cache.num_layers * num_copies * cache.num_kv_heads *
+                            cache.block_size * cache.head_dim;
+  runtime.threads.ForEach(cache.num_layers, num_codes >= kMinSharedCodes, [&](int64_t layer) {
     for (int64_t i = 0; i < num_copies; ++i) {
       CopyBlock(cache, cache.layers[layer], copies[i][0], copies[i][1]);
     }

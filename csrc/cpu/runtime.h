@@ -6,6 +6,7 @@
 #include <cfenv>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -46,7 +47,9 @@ struct DecodeWorkspace {
 // Launches take turns: one at a time per runtime.
 class Runtime {
  public:
-  Runtime(const IsaKernels& kernels, int num_threads) : kernels(kernels), threads(num_threads) {}
+  // num_threads, cores: ThreadPool's.
+  Runtime(const IsaKernels& kernels, int num_threads, std::vector<int> cores = {})
+      : kernels(kernels), threads(num_threads, std::move(cores)) {}
 
   const IsaKernels& kernels;
   ThreadPool threads;

@@ -6,14 +6,22 @@
 
 #include <algorithm>
 #include <cfenv>
+#include <chrono>
+#include <utility>
 
 namespace octavo::cpu {
 namespace {
 
 constexpr uint32_t kShut = 1u << 31;
-constexpr int kSpinsBeforeSleep =
-    1000;  // about 20 us: a step's append is followed by its attention
-constexpr int kSpinsBeforeYield = 200;
+constexpr int kSpinsPerYield = 16;  // about 1 us
+
+// How long an idle thread spins before it sleeps: launches that Python makes one after the other
+// are up to 40 us apart. Jobs that are not shared out neither wake a thread nor make it spin on.
+using Clock = std::chrono::steady_clock;
+constexpr auto kSpinTime = std::chrono::microseconds(50);
+
+constexpr int kMaxCores = 8192;
+using CoreSet = cpu_set_t[kMaxCores / CPU_SETSIZE];
 
 void Pause() {
 #if defined(__x86_64__)
@@ -23,13 +31,39 @@ void Pause() {
 #endif
 }
 
+// Waits for a moment, as the spins-th of many; now and then, whoever else wants this core has it.
+// A thread that was woken may be on the core of the very thread that it waits for.
+void Spin(int spins) {
+  if (spins % kSpinsPerYield == 0) {
+    std::this_thread::yield();
+  } else {
+    Pause();
+  }
+}
+
+// Does nothing when the core was taken from this process meanwhile.
+void BindThread(pthread_t thread, int core) {
+  CoreSet cores = {};
+  CPU_SET_S(core, sizeof(cores), cores);
+  pthread_setaffinity_np(thread, sizeof(cores), cores);
+}
+
+void BindCaller(int core) {
+  static thread_local int bound_core = -1;
+  if (bound_core == core) return;
+  BindThread(pthread_self(), core);
+  bound_core = core;
+}
+
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads)
-    : num_threads_(num_threads), owner_pid_(getpid()), gate_(kShut) {
+ThreadPool::ThreadPool(int num_threads, std::vector<int> cores)
+    : num_threads_(num_threads), cores_(std::move(cores)), owner_pid_(getpid()), gate_(kShut) {
   for (int i = 1; i < num_threads; ++i) {
     workers_->threads.emplace_back([this] { WorkerLoop(); });
-    pthread_setname_np(workers_->threads.back().native_handle(), "octavo-cpu");
+    const pthread_t thread = workers_->threads.back().native_handle();
+    pthread_setname_np(thread, "octavo-cpu");
+    if (!cores_.empty()) BindThread(thread, cores_[i]);
   }
 }
 
@@ -52,19 +86,14 @@ void ThreadPool::Run(const Job& job, bool is_parallel) {
     return;
   }
   std::lock_guard<std::mutex> lock(run_mutex_);
+  if (!cores_.empty()) BindCaller(cores_[0]);
   job_ = job;
   next_item_.store(0, std::memory_order_relaxed);
   gate_.store(0, std::memory_order_release);
   Announce(job.num_items);
   ClaimItems();
   gate_.fetch_or(kShut);
-  for (int spins = 0; gate_.load(std::memory_order_acquire) != kShut; ++spins) {
-    if (spins < kSpinsBeforeYield) {
-      Pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  for (int spins = 1; gate_.load(std::memory_order_acquire) != kShut; ++spins) Spin(spins);
 }
 
 // Tells idle workers of a job, and wakes as many sleepers as it can use.
@@ -101,7 +130,8 @@ void ThreadPool::WorkerLoop() {
 // Waits for a job other than *seen_job: spins briefly, then sleeps. Returns false at the end.
 bool ThreadPool::WaitForJob(uint64_t* seen_job) {
   const auto has_news = [&] { return num_jobs_.load() != *seen_job || is_stopping_.load(); };
-  for (int spins = 0; spins < kSpinsBeforeSleep && !has_news(); ++spins) Pause();
+  const auto spin_end = Clock::now() + kSpinTime;
+  for (int spins = 1; !has_news() && Clock::now() < spin_end; ++spins) Spin(spins);
   if (!has_news()) {
     std::unique_lock<std::mutex> lock(workers_->sleep_mutex);
     num_sleepers_.fetch_add(1);
@@ -112,10 +142,14 @@ bool ThreadPool::WaitForJob(uint64_t* seen_job) {
   return !is_stopping_.load();
 }
 
-int NumAvailableCores() {
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof(cores), &cores) == 0) return CPU_COUNT(&cores);
-  return std::max(1u, std::thread::hardware_concurrency());
+std::vector<int> AvailableCores() {
+  CoreSet set = {};
+  if (sched_getaffinity(0, sizeof(set), set) != 0) return {0};  // a system that does not tell
+  std::vector<int> cores;
+  for (int core = 0; core < kMaxCores; ++core) {
+    if (CPU_ISSET_S(core, sizeof(set), set)) cores.push_back(core);
+  }
+  return cores;
 }
 
 }  // namespace octavo::cpu

@@ -22,7 +22,9 @@ namespace octavo::cpu {
 class ThreadPool {
  public:
   // num_threads: 1 or more.
-  explicit ThreadPool(int num_threads);
+  // cores: empty, or the core that each thread is bound to, the caller's first. A caller is bound
+  // when it first shares a job out, and stays so; the threads that it starts after that inherit it.
+  explicit ThreadPool(int num_threads, std::vector<int> cores = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -53,6 +55,7 @@ class ThreadPool {
   bool WaitForJob(uint64_t* seen_job);
 
   const int num_threads_;
+  const std::vector<int> cores_;  // [num_threads_] or empty
   const pid_t owner_pid_;
   std::mutex run_mutex_;  // held by the caller whose job runs
 
@@ -75,8 +78,9 @@ class ThreadPool {
   std::unique_ptr<Workers> workers_ = std::make_unique<Workers>();
 };
 
-// Returns the number of cores that this process may run on.
-int NumAvailableCores();
+// Returns the cores that this thread may run on, ascending; a process begins with those that it was
+// given.
+std::vector<int> AvailableCores();
 
 }  // namespace octavo::cpu
 

@@ -135,6 +135,9 @@ class ServerConfig:
         "auto", one_of(*_BACKENDS), "What runs the kernels; auto takes the fastest that works here."
     )
     num_threads: int = setting(0, integer(0, 1024), "Threads of the kernels; 0 = one a core.")
+    pin_threads: bool = setting(
+        False, boolean(), "Bind each thread of the cpu kernels to a core of its own."
+    )
     max_sessions: int = setting(1024, integer(1, 2**20), "Most open sessions.")
     max_streams: int = setting(64, integer(1, 4096), "Most Decode and Append streams at a time.")
     max_steps_in_flight: int = setting(

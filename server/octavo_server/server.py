@@ -12,6 +12,7 @@ from io import FileIO
 from typing import Any
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -83,7 +84,7 @@ class Server:
         self._config = config
         self._on_failure = on_failure
         incarnation = secrets.token_hex(4)
-        backend = create_backend(config.backend, config.num_threads)
+        backend = create_backend(config.backend, config.num_threads, pin_threads=config.pin_threads)
         pools = _alloc_pools(backend, config.models)
         sessions = SessionStore(incarnation, config.max_sessions)
         self._health = health.HealthServicer()
@@ -152,6 +153,8 @@ def run(config: ServerConfig) -> int:
     """
     alarm = _Alarm()
     server = Server(config, on_failure=alarm.ring)
+    # The pools are there, which torch's threads helped to zero; from here on they would be in the way of the backend's.
+    torch.set_num_threads(1)
     alarm.watch_signals()
     port = server.start()
     # Scripts that start a server with --port 0 read this line.

@@ -1,22 +1,14 @@
-"""Compiles CUDA sources for the emulator with g++, and keeps what it compiled by its content.
-
-Objects and libraries live in `<cache>/emulated`, beside the kernels that the server builds; each is
-compiled elsewhere and renamed into place, so that processes may build the same at once.
-"""
+"""Compiles CUDA sources for the emulator with g++, and keeps objects and libraries in `<cache>/emulated`."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
-from octavo_server.kernel_build import cache_directory
+from tests.native_build import build_once, compiler, compiler_version, content_key, headers_key
 
 _ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = _ROOT / "tests" / "cuda_emulator"
@@ -28,6 +20,7 @@ KERNEL_SOURCES = (
 )
 """The sources of the CUDA library."""
 
+_FOLDER = "emulated"
 _INCLUDES = (EMULATOR, _ROOT / "csrc" / "include", _ROOT / "csrc")
 _FLAGS = (
     *("-x", "c++", "-std=c++17", "-O2", "-g", "-fPIC", "-ffp-contract=off"),
@@ -62,8 +55,9 @@ def build_emulated(sources: Sequence[Path]) -> Path:
     every = [*sorted(EMULATOR.glob("*.cpp")), *sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(_build_object, every)]
-    command = [_compiler(), "-shared", *objects]
-    return _build_once(_hash(command), ".so", lambda target: [*command, "-o", str(target)])
+    command = [compiler(), "-shared", *objects]
+    name = f"{content_key(command)}.so"
+    return build_once(_FOLDER, name, lambda target: [*command, "-o", str(target)])
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -81,45 +75,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _build_object(source: Path) -> Path:
     """Return the object of a source, by the content of it and of every header."""
-    key = _hash([_compiler_version(), *_FLAGS, _headers_hash(source.parent), source.read_text()])
-    command = [_compiler(), *_FLAGS, "-c", str(source)]
-    return _build_once(key, ".o", lambda target: [*command, "-o", str(target)])
-
-
-def _headers_hash(beside: Path) -> str:
-    folders = dict.fromkeys((*_INCLUDES, beside))
-    headers = [path for folder in folders for path in sorted(folder.rglob("*.h"))]
-    return _hash([text for path in headers for text in (str(path), path.read_text())])
-
-
-def _build_once(key: str, suffix: str, command_for: Callable[[Path], list[str]]) -> Path:
-    """Run the command that makes a file, unless the file is there."""
-    folder = cache_directory().parent / "emulated"
-    built = folder / f"{key}{suffix}"
-    if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
-            target = Path(scratch) / built.name
-            _run(command_for(target))
-            target.rename(built)
-    return built
-
-
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-
-
-@cache
-def _compiler_version() -> str:
-    command = [_compiler(), "--version"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX") or "g++"
-
-
-def _hash(parts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    headers = headers_key(dict.fromkeys((*_INCLUDES, source.parent)))
+    key = content_key([compiler_version(), *_FLAGS, headers, source.read_text()])
+    command = [compiler(), *_FLAGS, "-c", str(source)]
+    return build_once(_FOLDER, f"{key}.o", lambda target: [*command, "-o", str(target)])

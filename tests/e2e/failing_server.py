@@ -30,5 +30,5 @@ class FailingBackend:
 
 
 if __name__ == "__main__":
-    vars(server)["create_backend"] = lambda *_: FailingBackend()
+    vars(server)["create_backend"] = lambda *_, **__: FailingBackend()
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import subprocess
@@ -88,6 +89,34 @@ def test_a_signal_finishes_what_is_in_flight(signal_number: signal.Signals) -> N
     assert f"{signal_number.name}: finishing what is in flight" in logs
     assert "model tiny: 256 blocks of 32 tokens hold 8,192 tokens in 2,162,688 bytes" in logs
     assert "where FP16 would hold 4,224 tokens" in logs
+
+
+def cores_by_thread(process_id: int) -> list[set[int]]:
+    """Return the cores that each thread of a process may use."""
+    return [
+        os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{process_id}/task").iterdir()
+    ]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this machine has one core")
+def test_only_the_threads_of_the_kernels_are_pinned() -> None:
+    """gRPC's threads, and those that Python starts for calls, stay free after the engine's thread was bound."""
+    available = os.sched_getaffinity(0)
+    with server_process("--backend", "cpu", "--pin-threads", "true") as (process, address):
+        channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
+        stub = OctavoServiceStub(channel)  # type: ignore[no-untyped-call]
+        for _ in range(3):
+            request = v1.OpenSessionRequest(model="tiny")
+            session = stub.OpenSession(request, timeout=WAIT_S).session
+            stub.DecodeOnce(
+                v1.DecodeOnceRequest(step=random_step(session.session_handle, 1000).step),
+                timeout=WAIT_S,
+            )
+        cores = cores_by_thread(process.pid)
+    pinned = [one for one in cores if len(one) == 1]
+    assert sorted(core for one in pinned for core in one) == sorted(available)
+    free = [one for one in cores if len(one) != 1]
+    assert free == [available] * len(free)
 
 
 def test_a_signal_that_another_thread_takes_stops_the_server() -> None:

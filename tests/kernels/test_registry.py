@@ -40,6 +40,13 @@ def test_threads_reach_the_cpu_backend(num_threads: int) -> None:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="torch sees a GPU")
+@pytest.mark.parametrize("name", ["cpu", "auto"])
+def test_pinning_reaches_the_cpu_backend(name: str) -> None:
+    backend = create_backend(name, num_threads=1, pin_threads=True)
+    assert backend.description.endswith("1 threads on a core each")
+
+
+@pytest.mark.skipif(HAS_GPU, reason="torch sees a GPU")
 def test_cuda_without_a_gpu_says_what_is_missing() -> None:
     with pytest.raises(
         UnsupportedError, match=r"CPU build: install a CUDA build|sees no GPU: check"

@@ -63,8 +63,8 @@ def serving(**changes: Any) -> Iterator[Wire]:
     }
     gates: list[GatedBackend] = []
 
-    def create_gated(name: str, num_threads: int) -> Backend:
-        gates.append(GatedBackend(create_backend(name, num_threads)))
+    def create_gated(name: str, num_threads: int, *, pin_threads: bool) -> Backend:
+        gates.append(GatedBackend(create_backend(name, num_threads, pin_threads=pin_threads)))
         return gates[0]
 
     with pytest.MonkeyPatch.context() as patch:

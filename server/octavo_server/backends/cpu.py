@@ -51,23 +51,32 @@ class CpuBackend:
     Args:
         num_threads: Threads that share a launch, the caller's included; 0 = all available cores.
         isa: One of `available_isas()`; None = the fastest.
+        pin_threads: Bind thread i to the i-th core that this process may use. The first is the
+            caller's, whoever that is: it is bound by its first launch that is shared out.
 
     Raises:
-        UnsupportedError: The kernels cannot be built, or the machine lacks the instruction set.
+        UnsupportedError: The kernels cannot be built, the machine lacks the instruction set, or
+            there are fewer cores than threads to pin.
     """
 
     name = "cpu"
 
-    def __init__(self, num_threads: int = 0, isa: str | None = None) -> None:
+    def __init__(
+        self, num_threads: int = 0, isa: str | None = None, *, pin_threads: bool = False
+    ) -> None:
         isas = available_isas()
         if isa is not None and isa not in isas:
             raise UnsupportedError(f"isa must be one of {', '.join(isas)} on this cpu, got {isa!r}")
         self._ops = _load_ops()
-        self._runtime: int = self._ops.make_runtime(num_threads, isa or "")
+        try:
+            self._runtime: int = self._ops.make_runtime(num_threads, isa or "", pin_threads)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from error
         weakref.finalize(self, self._ops.free_runtime, self._runtime).atexit = False
         self.num_threads: int = self._ops.runtime_threads(self._runtime)
         self.isa: str = self._ops.runtime_isa(self._runtime)
-        self.description = f"cpu: {self.isa}, {self.num_threads} threads"
+        pinned = " on a core each" if pin_threads else ""
+        self.description = f"cpu: {self.isa}, {self.num_threads} threads{pinned}"
         self._last_batch: tuple[RaggedBatch, list[torch.Tensor]] | None = None
 
     def check_model(self, spec: ModelSpec) -> None:
