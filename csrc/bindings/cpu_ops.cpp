@@ -7,6 +7,7 @@
 #include "octavo/cpu_ops.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "pool_memory.h"
 #include "runtime.h"
 #include "thread_pool.h"
 
@@ -143,6 +145,17 @@ std::vector<std::string> available_isas() {
     if (kernels != nullptr) names.emplace_back(kernels->name);
   }
   return names;
+}
+
+// Returns zeroed memory for a pool, [num_bytes] int8, which lives as long as the tensor.
+Tensor alloc_pool(int64_t runtime_handle, int64_t num_bytes) {
+  TORCH_CHECK_VALUE(num_bytes > 0, "num_bytes must be positive, got ", num_bytes);
+  const int num_threads = Runtimes().Get(runtime_handle)->runtime.threads.num_threads();
+  const auto size = static_cast<size_t>(num_bytes);
+  void* pool = cpu::MapPool(size, num_threads);
+  TORCH_CHECK(pool != nullptr, "the system has no ", num_bytes, " bytes of memory");
+  return at::from_blob(
+      pool, {num_bytes}, [size](void* memory) { cpu::UnmapPool(memory, size); }, at::kChar);
 }
 
 // The pools and options of one model, with the tensors that they point into.
@@ -317,6 +330,7 @@ TORCH_LIBRARY(octavo_cpu, m) {
   m.def("runtime_isa", &runtime_isa);
   m.def("runtime_threads", &runtime_threads);
   m.def("available_isas", &available_isas);
+  m.def("alloc_pool", &alloc_pool);
   m.def("make_cache", &make_cache);
   m.def("free_cache", &free_cache);
   m.def("append", &append);

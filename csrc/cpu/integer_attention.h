@@ -20,7 +20,7 @@ template <int kNumRows>
 inline constexpr int kValueVectorsInIntegers = kLanes == 16 && kNumRows <= 2 ? 4 : 2;
 
 // The error of scores, as it is to be expected, up to which 16 bits of q will do.
-inline constexpr float kCoarseError = 6e-5f;
+inline constexpr float kCoarseError = 4.5e-5f;
 // That of a score with 16 bits of q, where factor and scale are 1 and head_dim is 1: rounding's
 // (1 / sqrt(12)) times that of codes (127 / 3 on normal data).
 inline constexpr float kErrorOfCoarseProduct = 12.2f;

@@ -9,6 +9,7 @@ Pools are head-major, with four codes side by side as byte dot products take the
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -95,14 +96,14 @@ class CpuBackend:
         v_shape = (*heads, spec.head_dim * spec.block_size)
         try:
             return PagedInt8Layer(
-                k_codes=torch.zeros(k_shape, dtype=torch.int8),
-                v_codes=torch.zeros(v_shape, dtype=torch.int8),
-                k_scales=torch.zeros((*heads, spec.block_size), dtype=torch.float16),
-                v_scales=torch.zeros((*heads, spec.block_size), dtype=torch.float16),
+                k_codes=self._alloc_pool(k_shape, torch.int8),
+                v_codes=self._alloc_pool(v_shape, torch.int8),
+                k_scales=self._alloc_pool((*heads, spec.block_size), torch.float16),
+                v_scales=self._alloc_pool((*heads, spec.block_size), torch.float16),
             )
-        except RuntimeError as error:  # torch's allocator, for an address space that is limited
+        except RuntimeError as error:  # an address space that is limited
             raise UnsupportedError(
-                f"torch cannot allocate {num_blocks} blocks of {spec.name}: {error}"
+                f"cannot allocate {num_blocks} blocks of {spec.name}: {error}"
             ) from error
 
     def prepare(
@@ -190,6 +191,11 @@ class CpuBackend:
             pools.v_codes[blocks[:, None], :, _v_places(cache.spec, offsets)].mT.numpy(),
             pools.v_scales[blocks, :, offsets].numpy(),
         )
+
+    def _alloc_pool(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return zeros in huge pages, where the system has them."""
+        pool: torch.Tensor = self._ops.alloc_pool(self._runtime, math.prod(shape) * dtype.itemsize)
+        return pool.view(dtype).view(shape)
 
     def _batch_tensors(self, batch: RaggedBatch) -> list[torch.Tensor]:
         """Return the batch's arrays in the operations' order; a step asks twice for the same."""
