@@ -22,7 +22,7 @@ SWEEP_CASES = tuple(
 )
 """With the goals' 8x4k, in their order, one curve."""
 
-FULL, QUICK = Plan(), Plan(num_rounds=3, num_samples=6, max_blocks=3)
+FULL, QUICK = Plan(), Plan(num_samples=5, max_blocks=8)
 QUICK_CASES = (GOAL_CASES[1], GOAL_CASES[5])
 
 

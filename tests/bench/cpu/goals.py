@@ -6,6 +6,7 @@ that occurred, and "not seen" in the other. A verdict is on the median.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from tests.bench.cpu.call import CALL, EMPTY
 from tests.bench.cpu.cases import GOAL_CASES
 from tests.bench.cpu.causal import CAUSAL, SDPA_FOLDED, SDPA_GQA
 from tests.bench.cpu.ggml_peer import GGML_Q8_0
-from tests.bench.cpu.memory import MODES, Mode
+from tests.bench.cpu.memory import Mode
 from tests.bench.cpu.openvino_peer import OPENVINO
 from tests.bench.cpu.race import Block, difference, fraction, ratio, steady
 from tests.bench.cpu.results import Results, Row
@@ -93,8 +94,8 @@ def _case_goals(results: Results, target: Target) -> Iterator[Goal]:
     name = f"{target.case.workload.name} {target.case.heads.label}"
     for mode, least in target.fractions.items():
         found = None if row is None else _fraction(row, steady(row.blocks, mode))
-        verdict = _seen(row, mode, found, least)
         words = "" if found is None else _share(found)
+        verdict = _verdict(row, found, least=least)
         yield Goal(f"{name}, of read bandwidth, {mode}", f"{least:.0%}", words, verdict)
     for peer, least in target.times:
         yield from _peer_goals(results, row, f"{name}, against {peer.label}", peer, least)
@@ -108,28 +109,24 @@ def _peer_goals(
         reason = next(filter(None, map(results.reason, peer.names)), "")
         yield Goal(name, f"{least:g}x", reason, "not measured")
         return
-    for mode in row.modes() or MODES:
-        blocks = steady(row.blocks, mode)
-        fastest = row.fastest(peer.names, blocks)
-        found = None if fastest is None else ratio(blocks, fastest, row.ours.name)
-        words = "" if found is None else f"{_times(found)}{_which(peer, fastest)}"
-        yield Goal(f"{name}, {mode}", f"{least:g}x", words, _seen(row, mode, found, least))
+    for mode in row.modes():
+        fastest, found = _against(row, peer.names, steady(row.blocks, mode))
+        words = _times(found, fastest if len(peer.names) > 1 else None)
+        yield Goal(f"{name}, {mode}", f"{least:g}x", words, _verdict(row, found, least=least))
+    if not row.modes():
+        yield Goal(name, f"{least:g}x", "", "not seen")
 
 
 def _fraction(row: Row, blocks: Sequence[Block]) -> Summary | None:
     return fraction(blocks, row.ours.name, row.ours.launch_bytes)
 
 
-def _seen(row: Row | None, mode: Mode, found: Summary | None, least: float) -> Verdict:
-    if row is None:
-        return "not measured"
-    if found is None or mode not in row.modes():
-        return "not seen"
-    return _verdict(found.median >= least)
-
-
-def _which(peer: Peer, name: str | None) -> str:
-    return f" ({name})" if len(peer.names) > 1 else ""
+def _against(
+    row: Row, names: Sequence[str], blocks: Sequence[Block]
+) -> tuple[str | None, Summary | None]:
+    """Return the fastest of some contestants and how many times as long as Octavo it took."""
+    fastest = row.fastest(names, blocks)
+    return fastest, None if fastest is None else ratio(blocks, fastest, row.ours.name)
 
 
 # ---- The rest -----------------------------------------------------------------------------------
@@ -142,7 +139,7 @@ def _call(results: Results) -> Goal:
         f"{CALL}: a step, over the same call with empty kernels",
         f"+ {MAX_CALL_US:.0f} us or less",
         "" if found is None else f"+ {found.median:.1f} us ({found.p10:.1f} to {found.p90:.1f})",
-        _verdict(found is not None and found.median <= MAX_CALL_US, row, found),
+        _verdict(row, found, most=MAX_CALL_US),
     )
 
 
@@ -154,34 +151,39 @@ def _append(results: Results) -> Goal:
         f"{APPEND}: bytes read and written per second, of a memcpy's",
         f"{MIN_APPEND_FRACTION:.0%}",
         "" if found is None else _share(found),
-        _verdict(found is not None and found.median >= MIN_APPEND_FRACTION, row, found),
+        _verdict(row, found, least=MIN_APPEND_FRACTION),
     )
 
 
 def _causal(results: Results) -> Goal:
     row = results.row(CAUSAL)
-    blocks = [] if row is None else steady(row.blocks)
-    fastest = None if row is None else row.fastest((SDPA_FOLDED, SDPA_GQA), blocks)
-    found = None if row is None or fastest is None else ratio(blocks, fastest, row.ours.name)
+    names = SDPA_FOLDED, SDPA_GQA
+    fastest, found = (None, None) if row is None else _against(row, names, steady(row.blocks))
     return Goal(
         f"{CAUSAL}, against torch SDPA in FP32",
         f"{MIN_CAUSAL_RATIO:g}x",
-        "" if found is None else f"{found.median:.2f}x ({fastest})",
-        _verdict(found is not None and found.median >= MIN_CAUSAL_RATIO, row, found),
+        _times(found, fastest),
+        _verdict(row, found, least=MIN_CAUSAL_RATIO),
     )
 
 
-def _verdict(is_met: bool, row: object = True, found: object = True) -> Verdict:
+def _verdict(
+    row: Row | None, found: Summary | None, *, least: float = -math.inf, most: float = math.inf
+) -> Verdict:
+    """Judge a median; "not seen" where the race was run and no block of the kind counts."""
     if row is None:
         return "not measured"
     if found is None:
         return "not seen"
-    return "met" if is_met else "missed"
+    return "met" if least <= found.median <= most else "missed"
 
 
 def _share(found: Summary) -> str:
     return f"{found.median:.0%} ({found.p10:.0%} to {found.p90:.0%}, n={found.num_samples})"
 
 
-def _times(found: Summary) -> str:
-    return f"{found.median:.2f}x ({found.p10:.2f} to {found.p90:.2f})"
+def _times(found: Summary | None, name: str | None) -> str:
+    if found is None:
+        return ""
+    words = f"{found.median:.2f}x ({found.p10:.2f} to {found.p90:.2f})"
+    return words if name is None else f"{words}, {name}"

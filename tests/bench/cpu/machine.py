@@ -20,7 +20,7 @@ _PACKAGES = ("numpy", "torch", "openvino", "libggml-python", "matplotlib")
 
 def llc_bytes() -> int:
     """Return the size of the last-level cache, a usual one where the system does not tell."""
-    sizes = [_size(path.read_text()) for path in _CACHES.glob("index*/size")]
+    sizes = [sysfs_bytes(path.read_text()) for path in _CACHES.glob("index*/size")]
     return max(sizes, default=DEFAULT_LLC_BYTES)
 
 
@@ -48,9 +48,9 @@ def describe_software() -> dict[str, Any]:
     }
 
 
-def _size(text: str) -> int:
+def sysfs_bytes(text: str) -> int:
     """Return the bytes that sysfs means by `32768K`."""
-    number, unit = re.fullmatch(r"(\d+)([KMG]?)", text.strip()).groups()  # type: ignore[union-attr]
+    number, unit = text.strip().rstrip("KMG"), text.strip()[-1]
     return int(number) * _UNITS.get(unit, 1)
 
 

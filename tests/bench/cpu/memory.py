@@ -24,7 +24,7 @@ WIDE_RATIO = 1.45
 """All threads read at least this many times as fast as one: the wide mode."""
 
 BUFFER_BYTES = 128 << 20
-NUM_PASSES = 5
+NUM_PASSES, NUM_ONE_THREAD_PASSES = 5, 3
 
 STRATEGIES = (
     "in order",
@@ -78,16 +78,11 @@ class Memory:
         granule = 4 * 8192 * num_threads
         self._buffer = random_bytes(max(1, num_bytes // granule) * granule)
 
-    def limit(self, num_passes: int = NUM_PASSES) -> Limit:
+    def limit(self) -> Limit:
         """Measure now; takes some 150 ms."""
-        (one, _), (all_threads, best) = (
-            max(
-                (self.read_gb_per_s(idx, threads, num_passes), idx)
-                for idx in range(len(STRATEGIES))
-            )
-            for threads in (1, self.num_threads)
-        )
-        return Limit(all_threads, one, STRATEGIES[best])
+        one_thread, _ = self._best(1, NUM_ONE_THREAD_PASSES)
+        all_threads, strategy = self._best(self.num_threads, NUM_PASSES)
+        return Limit(all_threads, one_thread, STRATEGIES[strategy])
 
     def read_gb_per_s(self, strategy: int, num_threads: int, num_passes: int) -> float:
         """Return the median rate of a few passes over the buffer."""
@@ -109,6 +104,11 @@ class Memory:
         self._library.octavo_copy(
             target.ctypes.data, source.ctypes.data, source.nbytes, self.num_threads
         )
+
+    def _best(self, num_threads: int, num_passes: int) -> tuple[float, int]:
+        """Return GB/s of the fastest strategy, and which it is."""
+        strategies = range(len(STRATEGIES))
+        return max((self.read_gb_per_s(idx, num_threads, num_passes), idx) for idx in strategies)
 
     def _read_s(self, strategy: int, num_threads: int) -> float:
         return self._read(strategy, num_threads)[0]

@@ -43,7 +43,7 @@ _LABELS = {
     INT8_WAY: "torch INT8, SDPA",
     INT8_IN_PLACE: "torch INT8, kept buffers",
 }
-_LINE_SPACING = 0.034
+_LINE_SPACING = 0.043
 """Least distance of two labels, of the axis."""
 
 
@@ -103,7 +103,7 @@ def draw(results: Results, modes: Sequence[Mode]) -> Any:
             "ytick.color": _INK,
         }
     )
-    figure = Figure(figsize=(8.6 * len(modes), 6.4), layout="constrained")
+    figure = Figure(figsize=(9.6 * len(modes), 6.2), layout="constrained")
     axes = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
     for axis, mode in zip(axes, modes, strict=True):
         _draw_panel(axis, results, mode)
@@ -184,6 +184,7 @@ def _draw_panel(axis: Any, results: Results, mode: Mode) -> None:
     floor = [ms for _, ms in curves[0].points]
     axis.set_ylim(min(floor) * 0.6, None)
     axis.fill_between(contexts, axis.get_ylim()[0], floor, color="#e9ecef", linewidth=0, zorder=0)
+    axis.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.08)
     axis.set_xticks(contexts, [_tokens(context) for context in contexts])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -218,31 +219,32 @@ def _draw_curve(axis: Any, curve: Series) -> None:
 def _label_ends(axis: Any, curves: Sequence[Series]) -> None:
     """Name each curve at its right end, with its time there."""
     low, high = (math.log(limit) for limit in axis.get_ylim())
-    ends = sorted((curve.points[-1][1], curve) for curve in curves if curve.points)
-    heights = [(math.log(ms) - low) / (high - low) for ms, _ in ends]
-    for (ms, curve), height, place in zip(
-        ends, heights, spread(heights, _LINE_SPACING), strict=True
-    ):
-        color, _ = _STYLES.get(curve.name, (_FAINT, "-"))
-        axis.annotate(
-            f"{_LABELS.get(curve.name, curve.name)}  {ms:.3g} ms",
-            xy=(1.0, height),
-            xytext=(1.03, place),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=color,
-            fontweight="bold" if curve.name == OCTAVO else "normal",
-            fontsize=9.5,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": color,
-                "linewidth": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 0,
-            },
-        )
+    ends = sorted((curve.points[-1][::-1], curve.name) for curve in curves if curve.points)
+    heights = [(math.log(ms) - low) / (high - low) for (ms, _), _ in ends]
+    for ((ms, context), name), place in zip(ends, spread(heights, _LINE_SPACING), strict=True):
+        _label(axis, name, (context, ms), place)
+
+
+def _label(axis: Any, name: str, end: tuple[float, float], place: float) -> None:
+    """Write at a height of the axis, with a line to the end of the curve."""
+    color, _ = _STYLES.get(name, (_FAINT, "-"))
+    axis.annotate(
+        f"{_LABELS.get(name, name)}  {end[1]:.3g} ms",
+        xy=end,
+        xytext=(1.05, place),
+        textcoords="axes fraction",
+        color=color,
+        fontweight="bold" if name == OCTAVO else "normal",
+        va="center",
+        arrowprops={
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.6,
+            "relpos": (0, 0.5),
+            "shrinkA": 2,
+            "shrinkB": 3,
+        },
+    )
 
 
 def _tokens(context: int) -> str:

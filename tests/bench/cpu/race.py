@@ -1,4 +1,4 @@
-"""Contestants timed in turn, in blocks of a few rounds with the limit measured before and after each block.
+"""Contestants timed in turn, in blocks of few rounds with the limit measured before and after each block.
 
 How fast memory is read flips by itself within seconds. So a block is short, it counts only where the limits around it
 agree, and what it found is kept under the mode that they tell of.
@@ -38,14 +38,14 @@ class Plan:
         max_blocks: Blocks after which the race ends without them.
     """
 
-    num_rounds: int = 4
+    num_rounds: int = 1
     num_samples: int = 20
-    max_blocks: int = 9
+    max_blocks: int = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A few rounds.
+    """A few rounds, or one.
 
     Attributes:
         before: The limit just before.
