@@ -256,15 +256,24 @@ def test_blocks_that_do_not_count_are_not_judged() -> None:
     slow = block(45, 75, **dict.fromkeys(found.rows[1].blocks[0].samples, 1e9))
     found.rows[1] = replace(found.rows[1], blocks=[*found.rows[1].blocks, *[slow] * 50])
     assert verdicts(goals(found), "8x4k") == {"met", "not seen"}
-    found.rows = [replace(row, blocks=[slow]) for row in found.rows]
+    found.rows = [replace(row, blocks=[slow] * 9) for row in found.rows]
     assert verdicts(goals(found)) == {"not seen"}
+
+
+def test_two_rounds_are_no_mode() -> None:
+    found = results()
+    few = [*row_of(1, "wide", 0.9).blocks[:2], *found.rows[1].blocks]
+    found.rows[1] = replace(found.rows[1], blocks=few)
+    assert verdicts(goals(found), "8x4k 32/8/128, of read bandwidth, wide") == {"not seen"}
+    found.rows[1] = replace(found.rows[1], blocks=[few[0], *few])
+    assert verdicts(goals(found), "8x4k 32/8/128, of read bandwidth, wide") == {"missed"}
 
 
 def test_torchs_best_is_the_fastest_of_its_ways() -> None:
     best = next(goal for goal in goals(results()) if "torch's best" in goal.name)
-    assert (
-        best.found == f"{3 * MARGIN:.2f}x ({3 * MARGIN:.2f} to {3 * MARGIN:.2f}), {TORCH_FLOAT[0]}"
-    )
+    times_as_fast = f"{3 * MARGIN:.2f}"
+    spread_words = f"({times_as_fast} to {times_as_fast}, n=20)"
+    assert best.found == f"{times_as_fast}x {spread_words}, {TORCH_FLOAT[0]}"
 
 
 def test_a_peer_that_was_not_there_is_not_measured() -> None:
@@ -327,7 +336,7 @@ def test_markdown_tells_each_race() -> None:
     assert "- peer: absent" in text
     assert "## Failed" not in text
     case = text.split(f"### {GOAL_CASES[1].label}")[1].split("###")[0]
-    assert "20 of 20 blocks count" in case
+    assert "20 of 20 rounds count" in case
     assert "0.30 of its bound" in case
     assert "**Narrow.** Limit 45.0 GB/s" in case
     ours, peer = (line.split(" | ") for line in case.splitlines() if line.startswith("| O"))
@@ -340,7 +349,9 @@ def test_markdown_tells_each_race() -> None:
 def test_a_row_without_blocks_that_count_says_so() -> None:
     lost = replace(results().rows[0], blocks=[block(45, 75)])
     assert summary_line(lost) == "no limits that agree"
-    assert "No block's limits agreed." in as_markdown(Results(rows=[lost]), [], with_plot=False)
+    assert "Too few rounds whose limits agree." in as_markdown(
+        Results(rows=[lost]), [], with_plot=False
+    )
 
 
 def sweep_results() -> Results:
@@ -352,7 +363,7 @@ def sweep_results() -> Results:
         samples = {OCTAVO: us, OPENVINO: 3 * us, GGML_F16: 3.01 * us}
         entries = [Entry(name, "int8", case.cache_bytes, 2) for name in samples]
         found.rows.insert(
-            0, Row(case.label, entries, [block(45, **samples)], case.workload.num_tokens, case)
+            0, Row(case.label, entries, [block(45, **samples)] * 3, case.workload.num_tokens, case)
         )
     return found
 

@@ -1,7 +1,7 @@
 """What the cpu backend is to reach, as ratios in one run, and whether it did.
 
-Only blocks whose limit before and after agree are judged. Memory has two modes: a goal of a case is judged in each mode
-that occurred, and "not seen" in the other. A verdict is on the median.
+Only blocks whose limits before and after agree are judged. Memory has two modes: a goal of a case is judged in each
+mode that was seen, and "not seen" in the other. A verdict is on the median.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _case_goals(results: Results, target: Target) -> Iterator[Goal]:
     row = results.row(target.case.label)
     name = f"{target.case.workload.name} {target.case.heads.label}"
     for mode, least in target.fractions.items():
-        found = None if row is None else _fraction(row, steady(row.blocks, mode))
+        found = None if row is None else _fraction(row, mode)
         words = "" if found is None else _share(found)
         verdict = _verdict(row, found, least=least)
         yield Goal(f"{name}, of read bandwidth, {mode}", f"{least:.0%}", words, verdict)
@@ -117,8 +117,10 @@ def _peer_goals(
         yield Goal(name, f"{least:g}x", "", "not seen")
 
 
-def _fraction(row: Row, blocks: Sequence[Block]) -> Summary | None:
-    return fraction(blocks, row.ours.name, row.ours.launch_bytes)
+def _fraction(row: Row, mode: Mode) -> Summary | None:
+    if mode not in row.modes():
+        return None
+    return fraction(steady(row.blocks, mode), row.ours.name, row.ours.launch_bytes)
 
 
 def _against(
@@ -185,5 +187,5 @@ def _share(found: Summary) -> str:
 def _times(found: Summary | None, name: str | None) -> str:
     if found is None:
         return ""
-    words = f"{found.median:.2f}x ({found.p10:.2f} to {found.p90:.2f})"
+    words = f"{found.median:.2f}x ({found.p10:.2f} to {found.p90:.2f}, n={found.num_samples})"
     return words if name is None else f"{words}, {name}"

@@ -31,7 +31,7 @@ STRATEGIES = (
     "in order, 1 KB ahead",
     "in order, 4 KB ahead",
     "four streams, 1 KB ahead",
-    "8 KB chunks in turn, the next one ahead",
+    "8 KB chunks here and there, the next one ahead",
 )
 """Names of kStrategies in memory.cpp."""
 

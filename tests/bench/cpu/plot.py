@@ -23,6 +23,17 @@ LEAST_POINTS = 3
 """A mode with fewer is no curve."""
 
 _INK, _FAINT = "#22272e", "#8a929c"
+_RC: dict[str, Any] = {
+    "svg.hashsalt": "octavo",
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "axes.edgecolor": _FAINT,
+    "axes.linewidth": 0.8,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
 _STYLES: dict[str, tuple[str, str]] = {
     OCTAVO: ("#c8102e", "-"),
     FLOOR: (_INK, (0, (5, 3))),  # type: ignore[dict-item]
@@ -90,32 +101,15 @@ def draw(results: Results, modes: Sequence[Mode]) -> Any:
     import matplotlib as mpl  # noqa: PLC0415 - only who draws needs it
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    mpl.rcParams.update(
-        {
-            "svg.hashsalt": "octavo",
-            "font.size": 10,
-            "font.family": "DejaVu Sans",
-            "axes.edgecolor": _FAINT,
-            "axes.linewidth": 0.8,
-            "text.color": _INK,
-            "axes.labelcolor": _INK,
-            "xtick.color": _INK,
-            "ytick.color": _INK,
-        }
-    )
-    figure = Figure(figsize=(9.6 * len(modes), 6.2), layout="constrained")
-    axes = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
-    for axis, mode in zip(axes, modes, strict=True):
+    rc: Any = mpl.rcParams
+    rc.update(_RC)
+    figure = Figure(figsize=(9.6, 0.5 + 5.7 * len(modes)), layout="constrained")
+    panels = figure.subplots(len(modes), 1, squeeze=False)[:, 0]
+    for axis, mode in zip(panels, modes, strict=True):
         _draw_panel(axis, results, mode)
-    axes[0].set_ylabel("milliseconds a launch")
     threads = results.machine.get("num_threads", "?")
-    figure.suptitle(
-        f"Decode attention, {LLAMA.label} heads, {SWEEP_BATCH} sessions, {threads} threads",
-        x=0.01,
-        ha="left",
-        fontsize=13,
-        fontweight="bold",
-    )
+    title = f"Decode attention, {LLAMA.label} heads, {SWEEP_BATCH} sessions, {threads} threads"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -176,14 +170,21 @@ def _points(rows: Sequence[Row], name: str, mode: Mode) -> Iterator[tuple[int, f
 
 def _draw_panel(axis: Any, results: Results, mode: Mode) -> None:
     curves = series(results, mode)
-    contexts = [context for context, _ in curves[0].points]
+    contexts, floor = zip(*curves[0].points, strict=True)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     for curve in curves:
         _draw_curve(axis, curve)
-    floor = [ms for _, ms in curves[0].points]
-    axis.set_ylim(min(floor) * 0.6, None)
-    axis.fill_between(contexts, axis.get_ylim()[0], floor, color="#e9ecef", linewidth=0, zorder=0)
+    bottom = 0.6 * min(floor)
+    axis.set_ylim(bottom, None)
+    axis.fill_between(contexts, bottom, floor, color="#e9ecef", linewidth=0, zorder=0)
+    limits = [mean_limit(steady(row.blocks, mode)) for row in _rows(results, mode)]
+    axis.set_title(_title(mode, limits), loc="left", fontsize=10, color=_FAINT)
+    _frame(axis, contexts)
+    _label_ends(axis, curves)
+
+
+def _frame(axis: Any, contexts: Sequence[int]) -> None:
     axis.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.08)
     axis.set_xticks(contexts, [_tokens(context) for context in contexts])
     axis.minorticks_off()
@@ -191,9 +192,7 @@ def _draw_panel(axis: Any, results: Results, mode: Mode) -> None:
     axis.grid(axis="y", color="#e3e6ea", linewidth=0.8, zorder=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("context of each session, tokens")
-    limits = [mean_limit(steady(row.blocks, mode)) for row in _rows(results, mode)]
-    axis.set_title(_title(mode, limits), loc="left", fontsize=10, color=_FAINT)
-    _label_ends(axis, curves)
+    axis.set_ylabel("milliseconds a call")
 
 
 def _title(mode: Mode, limits: Sequence[float]) -> str:

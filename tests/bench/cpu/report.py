@@ -14,11 +14,11 @@ PLOT_NAME = "cpu-context.svg"
 _METHOD = """\
 One token of each session, every contestant with the same number of threads over caches that hold the same tokens.
 Answers are checked first: Octavo's against its bound, the others' against 3% of relative error. Then contestants are
-timed in turn, in blocks of a few rounds, over copies of their caches that exceed the last-level cache several times,
-and the limit (pure reads by all threads, the best of several ways) is measured before and after each block. Blocks
-whose two limits differ by more than 10% do not count. "Wide" is memory in which all threads read at least 1.45 times as
-fast as one, "narrow" the rest; it flips by itself. Times are medians with p10 and p90; "Octavo is" so many times as
-fast, the median of the ratios round by round."""
+timed in turn, round by round, over copies of their caches that exceed the last-level cache several times, and the limit
+(pure reads by all threads, the best of several ways) is measured before and after each round. A round whose two limits
+differ by more than 10% does not count. "Wide" is memory in which all threads read at least 1.45 times as fast as one,
+"narrow" the rest; it flips by itself, and a mode was seen when at least three rounds count. Times are medians with p10
+and p90; "Octavo is" so many times as fast, the median of the ratios round by round."""
 
 
 def as_markdown(results: Results, goals: Sequence[Goal], *, with_plot: bool) -> str:
@@ -54,19 +54,19 @@ def _race(row: Row) -> str:
     modes = row.modes()
     lines = [f"### {row.label}", _about(row)]
     lines += [f"**{mode.capitalize()}.** {_mode(row, mode)}" for mode in modes]
-    return "\n\n".join(lines if modes else [*lines, "No block's limits agreed."])
+    return "\n\n".join(lines if modes else [*lines, "Too few rounds whose limits agree."])
 
 
 def _about(row: Row) -> str:
-    counted = len(steady(row.blocks))
-    text = f"{row.num_tokens:,} tokens; {counted} of {len(row.blocks)} blocks count."
+    all_rounds = sum(block.num_rounds for block in row.blocks)
+    text = f"{row.num_tokens:,} tokens; {row.num_rounds()} of {all_rounds} rounds count."
     bound = row.ours.of_bound
     return text if bound is None else f"{text} Octavo's worst error is {bound:.2f} of its bound."
 
 
 def _mode(row: Row, mode: Mode) -> str:
     blocks = steady(row.blocks, mode)
-    head = f"Limit {mean_limit(blocks):.1f} GB/s, {sum(b.num_rounds for b in blocks)} samples each."
+    head = f"Limit {mean_limit(blocks):.1f} GB/s, {row.num_rounds(mode)} samples each."
     table = _table(
         ("contestant", "cache", "ms", "p10", "p90", "MB", "of the limit", "Octavo is", "error"),
         [tuple(_cells(row, entry, mode)) for entry in row.entries],

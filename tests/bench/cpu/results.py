@@ -15,6 +15,10 @@ FORMAT = 1
 """Of the JSON file."""
 
 
+LEAST_ROUNDS = 3
+"""A mode with fewer was not seen."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A contestant of a race.
@@ -64,8 +68,12 @@ class Row:
         return next((entry for entry in self.entries if entry.name == name), None)
 
     def modes(self) -> list[Mode]:
-        """Return the modes in which blocks count."""
-        return [mode for mode in MODES if steady(self.blocks, mode)]
+        """Return the modes that were seen: those in which enough rounds count."""
+        return [mode for mode in MODES if self.num_rounds(mode) >= LEAST_ROUNDS]
+
+    def num_rounds(self, mode: Mode | None = None) -> int:
+        """Return the rounds that count, of one mode or of both."""
+        return sum(block.num_rounds for block in steady(self.blocks, mode))
 
     def fastest(self, names: Sequence[str], blocks: Sequence[Block]) -> str | None:
         """Return the fastest of some contestants in some blocks, None when none took part."""
