@@ -11,9 +11,10 @@ import pytest
 
 from octavo_server.backends.cpu import CpuBackend
 from tests.bench.cpu import __main__ as command
-from tests.bench.cpu import append, call
+from tests.bench.cpu import append, call, causal
 from tests.bench.cpu.append import APPEND, measure_append
 from tests.bench.cpu.call import CALL, emptied, measure_call
+from tests.bench.cpu.causal import CAUSAL, SDPA_FOLDED, SDPA_GQA, measure_causal
 from tests.bench.cpu.decode import measure_case
 from tests.bench.cpu.draws import PEER_TOLERANCE, draw_case, relative_error, worst_ratio
 from tests.bench.cpu.ggml_peer import GGML_F16, GGML_Q8_0, ggml_racers
@@ -134,10 +135,29 @@ def test_a_small_run_is_measured_and_saved(setting: Setting, tmp_path: Path) -> 
 
 def test_steps_are_measured(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(append, "NUM_TOKENS", 64)
-    command.measure(setting, [], [measure_call, measure_append])
+    shorten_causal(monkeypatch)
+    steps = (measure_call, measure_append, measure_causal)
+    command.measure(replace(setting, with_peers=True), [], steps)
     assert setting.results.failed == []
-    assert [row.label for row in setting.results.rows] == [CALL, APPEND]
+    assert [row.label for row in setting.results.rows] == [CALL, APPEND, CAUSAL]
     assert setting.results.rows[0].entries[0].of_bound is not None
+    names = [entry.name for entry in setting.results.rows[2].entries]
+    assert names == [OCTAVO, SDPA_FOLDED, SDPA_GQA]
+
+
+def shorten_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the causal step one of 32 tokens on 64."""
+    for name, num_tokens in (("NUM_CACHED", 64), ("NUM_NEW", 32), ("LENGTH", 96)):
+        monkeypatch.setattr(causal, name, num_tokens)
+
+
+def test_a_wrong_step_fails(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_causal(monkeypatch)
+    right = Sessions.step
+    monkeypatch.setattr(Sessions, "step", lambda *args: right(*args) * np.float16(1.1))
+    command.measure(setting, [], [measure_call, measure_causal])
+    assert [what for what, _ in setting.results.failed] == [CALL, CAUSAL]
+    assert setting.results.rows == []
 
 
 def test_torch_takes_part_where_peers_do(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
