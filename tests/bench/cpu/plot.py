@@ -19,7 +19,7 @@ from tests.bench.cpu.torch_peers import INT8_IN_PLACE, INT8_WAY
 from tests.bench.shapes import LLAMA
 
 FLOOR = "floor: a pure read of Octavo's bytes"
-LEAST_POINTS = 3
+LEAST_POINTS = 4
 """A mode with fewer is no curve."""
 
 _INK, _FAINT = "#22272e", "#8a929c"

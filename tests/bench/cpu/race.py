@@ -40,7 +40,7 @@ class Plan:
 
     num_rounds: int = 1
     num_samples: int = 20
-    max_blocks: int = 40
+    max_blocks: int = 32
 
 
 @dataclass(frozen=True, slots=True)
