@@ -2,7 +2,7 @@
 #
 #   make demo PYTHON=python3.12                  another interpreter
 #   make demo PIP_ARGS="--extra-index-url URL"   arguments of every pip install
-#   make bench-gpu BENCH_ARGS=--quick            a first look
+#   make bench-cpu BENCH_ARGS=--quick            a first look; bench-gpu likewise
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -14,6 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_STAMP := $(VENV)/installed-demo
 DEV_STAMP := $(VENV)/installed-dev
+BENCH_STAMP := $(VENV)/installed-bench
+BENCH_PEERS := openvino libggml-python
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -26,7 +28,7 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo test test-asan test-tsan test-gpu bench-gpu lint format proto build wheel clean compiler-is-there
+.PHONY: help demo test test-asan test-tsan test-gpu bench-cpu bench-gpu lint format proto build wheel clean compiler-is-there
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +49,9 @@ test-tsan: compiler-is-there $(DEV_STAMP)  ## Drill the cpu backend's threads un
 # On a GPU machine: with $(PYTHON) as it is and the packages that it has; nothing is installed.
 test-gpu:  ## Run the kernel tests on the GPU that is here, and the sanitizer over some of them.
 	PYTHONPATH=.:proto:server:client $(PYTHON) -m tests.bench.run_gpu_tests
+
+bench-cpu: compiler-is-there $(BENCH_STAMP)  ## Benchmark the kernels on the CPU beside their peers; under 8 minutes.
+	$(BIN)/python -m tests.bench.cpu $(BENCH_ARGS)
 
 bench-gpu:  ## Benchmark the kernels on the GPU that is here; under 8 minutes.
 	$(PYTHON) tests/bench/gpu.py --output build/bench-gpu.json $(BENCH_ARGS)
@@ -86,6 +91,14 @@ $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) $(PIP_ARGS) $(TORCH)
 	$(INSTALL) -c constraints.txt $(PIP_ARGS) -e ".[dev]"
 	@touch $(DEMO_STAMP) $@
+
+# A peer that cannot be installed is left out of the benchmark, and tried again next time.
+$(BENCH_STAMP): pyproject.toml constraints.txt $(DEMO_STAMP)
+	$(INSTALL) -c constraints.txt $(PIP_ARGS) matplotlib
+	@is_whole=1; for peer in $(BENCH_PEERS); do \
+	  $(INSTALL) -c constraints.txt $(PIP_ARGS) --only-binary $$peer $$peer \
+	    || { is_whole=; echo "the benchmark goes on without $$peer"; }; \
+	done; [ -z "$$is_whole" ] || touch $@
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { \

@@ -11,7 +11,7 @@ from tests.bench.results import ORIGINAL, OURS, DecodeRow, Figure, Results
 from tests.bench.shapes import LLAMA
 from tests.bench.stats import Summary
 
-Verdict = Literal["met", "missed", "not measured"]
+Verdict = Literal["met", "missed", "not measured", "not seen"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,8 +107,9 @@ _NUM_RAGGED = 64
 
 
 def uniform(num_sessions: int, length: int) -> Workload:
-    """Return contexts of one length, named as in 8x32k."""
-    return Workload(f"{num_sessions}x{length // 1024}k", (length,) * num_sessions)
+    """Return contexts of one length, named as in 8x32k or 8x256."""
+    name = f"{length // 1024}k" if length % 1024 == 0 else str(length)
+    return Workload(f"{num_sessions}x{name}", (length,) * num_sessions)
 
 
 def ragged(num_sessions: int, shortest: int, longest: int, seed: int) -> Workload:
