@@ -79,24 +79,39 @@ inline const int8_t* ValueCodesAt(const Segment& segment, int block_size, int he
          segment.first_slot / kQuad * ValueStride(head_dim, d) + (d - column) * kQuad;
 }
 
+inline KvTile TileAt(const PagedInt8Cache& cache, const ContextRun& run, int position) {
+  const int block_idx = position >> __builtin_ctz(cache.block_size);
+  return cache.Tile(*run.layer, run.block_table[block_idx], run.kv_head);
+}
+
+// What is read one tile (or block, where that is more) after `position`: of this run, or of the
+// next one.
+inline KvTile TileAhead(const SpanParams& params, int position) {
+  const PagedInt8Cache& cache = *params.cache;
+  const int step = Max(kTileTokens, cache.block_size);  // powers of two
+  const int ahead = position + step;
+  if (ahead < params.run.end) return TileAt(cache, params.run, ahead);
+  const int last_step = (params.run.end - 1) & -step;
+  const int next = (params.next.begin & -step) + position - last_step;
+  if (position < last_step || next >= params.next.end) return TileAt(cache, params.run, position);
+  return TileAt(cache, params.next, next);
+}
+
 // Describes the tokens [position, end) of one block; `end` may not lie past the block.
 inline Segment MakeSegment(const SpanParams& params, int position, int end) {
   const PagedInt8Cache& cache = *params.cache;
-  const int block_idx = position / cache.block_size;
-  const int slot = position % cache.block_size;
-  const int ahead = block_idx + Max(1, kTileTokens / cache.block_size);
-  const int next_block_idx = ahead * cache.block_size < params.end ? ahead : block_idx;
-  const KvTile tile = cache.Tile(*params.layer, params.block_table[block_idx], params.kv_head);
-  const KvTile next = cache.Tile(*params.layer, params.block_table[next_block_idx], params.kv_head);
-  __builtin_prefetch(next.k_scales + slot);
-  __builtin_prefetch(next.v_scales + slot);
+  const int slot = position & (cache.block_size - 1);
+  const KvTile tile = TileAt(cache, params.run, position);
+  const KvTile ahead = TileAhead(params, position);
+  __builtin_prefetch(ahead.k_scales + slot);
+  __builtin_prefetch(ahead.v_scales + slot);
   Segment segment;
   segment.k_codes = tile.k_codes + slot * kQuad;
   segment.v_codes = tile.v_codes;
   segment.k_scales = tile.k_scales + slot;
   segment.v_scales = tile.v_scales + slot;
-  segment.next_k_codes = next.k_codes + slot * cache.head_dim;
-  segment.next_v_codes = next.v_codes + slot * cache.head_dim;
+  segment.next_k_codes = ahead.k_codes + slot * cache.head_dim;
+  segment.next_v_codes = ahead.v_codes + slot * cache.head_dim;
   segment.first_slot = slot;
   segment.num_slots = end - position;
   return segment;
@@ -122,12 +137,12 @@ inline void LoadScales(const SpanParams& params, const Segment& segment, Tile* t
 // with the span.
 inline void LoadTile(const SpanParams& params, int begin, Tile* tile) {
   const int block_size = params.cache->block_size;
-  const int end = Min(RoundDown(begin, kTileTokens) + kTileTokens, RoundUp(params.end, 16));
+  const int end = Min(RoundDown(begin, kTileTokens) + kTileTokens, RoundUp(params.run.end, 16));
   tile->begin = begin;
   tile->num_tokens = end - begin;
   tile->num_segments = 0;
   for (int position = begin; position < end;) {
-    const int segment_end = Min(end, RoundDown(position, block_size) + block_size);
+    const int segment_end = Min(end, (position & -block_size) + block_size);
     Segment& segment = tile->segments[tile->num_segments++];
     segment = MakeSegment(params, position, segment_end);
     segment.tile_offset = position - begin;
@@ -183,9 +198,12 @@ inline void ScaleRow(float factor, int head_dim, float* row) {
 }
 
 // Starts rows from nothing attended to.
-inline void InitState(int num_rows, SpanState* state) {
-  for (int row = 0; row < num_rows; ++row) state->softmax[row] = {kMinusInf, 0.0f};
-  __builtin_memset(state->values, 0, sizeof(float) * kMaxHeadDim * num_rows);
+inline void InitState(int num_rows, int head_dim, SpanState* state) {
+  for (int row = 0; row < num_rows; ++row) {
+    state->softmax[row] = {kMinusInf, 0.0f};
+    float* values = state->values + row * kMaxHeadDim;
+    for (int d = 0; d < head_dim; d += kLanes) Store(values + d, Zero());
+  }
 }
 
 // Takes kValueFactor out of num_rows rows of weighted values.

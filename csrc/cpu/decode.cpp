@@ -23,7 +23,11 @@ namespace {
 
 constexpr int32_t kDeterministicSpan = 1024;
 constexpr int32_t kMinSpan = 256;
-constexpr int64_t kItemsPerThread = 4;  // enough to even out threads that run at different speeds
+constexpr int64_t kMinSharedCost = 900'000;  // what one core does in about 20 us
+// A tile that costs more than one of this many shares of a thread's work is cut into spans of the
+// other; a span costs some 3 us beside its work.
+constexpr int64_t kSharesToCut = 4;
+constexpr int64_t kSharesOfSpans = 16;
 
 // Rows of q that reach kHugeQuery, whose products with codes could leave FP32, are worked on as
 // this fraction of themselves. It is a power of two: no other row's bits may change, and none of
@@ -48,6 +52,22 @@ Range AttendedRange(const DecodeParams& params, int32_t entry, int32_t row) {
   return {window > 0 ? std::max(0, end - window) : 0, std::min(end, kv_len)};
 }
 
+// Puts the entries that have a context in order, the longest work first: the threads end together
+// if what they do last is short.
+void OrderEntries(const RaggedBatch& batch, std::vector<int32_t>* order) {
+  const auto cost = [&batch](int32_t entry) {
+    return int64_t{batch.NumTokens(entry)} * batch.kv_lens[entry];
+  };
+  order->clear();
+  for (int32_t entry = 0; entry < batch.num_entries; ++entry) {
+    if (batch.kv_lens[entry] > 0) order->push_back(entry);
+  }
+  std::sort(order->begin(), order->end(), [&cost](int32_t a, int32_t b) {
+    const int64_t a_cost = cost(a), b_cost = cost(b);
+    return a_cost != b_cost ? a_cost > b_cost : a < b;
+  });
+}
+
 // Appends the tiles of one kv head of an entry; rows are shared out evenly over as few as will do.
 void PlanTiles(const DecodeParams& params, int32_t entry, int32_t kv_head,
                std::vector<RowTile>* tiles) {
@@ -67,21 +87,33 @@ void PlanTiles(const DecodeParams& params, int32_t entry, int32_t kv_head,
   }
 }
 
-// Positions of one span: fixed, or so that the work of the launch goes round the threads.
-int32_t SpanLength(const PagedInt8Cache& cache, int64_t share) {
+// What a tile costs, in units of one code of K and V for one row: to read and unpack a code is
+// about as much work as one row's product with it.
+int64_t CostPerPosition(const PagedInt8Cache& cache, const RowTile& tile) {
+  return int64_t{cache.head_dim} * (1 + tile.num_rows);
+}
+
+int64_t Cost(const PagedInt8Cache& cache, const RowTile& tile) {
+  return CostPerPosition(cache, tile) * (tile.end - tile.begin);
+}
+
+// Positions of one span of a tile: fixed, or what costs `share`.
+int32_t SpanLength(const PagedInt8Cache& cache, const RowTile& tile, int64_t share) {
   if (cache.is_deterministic) return kDeterministicSpan;
-  const int64_t rounded = CeilDivide(std::max<int64_t>(share, kMinSpan), kTileTokens) * kTileTokens;
+  const int64_t num_positions = std::max<int64_t>(share / CostPerPosition(cache, tile), kMinSpan);
+  const int64_t rounded = CeilDivide(num_positions, kTileTokens) * kTileTokens;
   return static_cast<int32_t>(std::min<int64_t>(rounded, 1 << 30));
 }
 
-// Cuts the tiles into items. A tile's spans become items of their own only where the tile is more
-// than one thread's share, `share` positions.
-void PlanItems(int32_t span_len, int64_t share, DecodeWorkspace* workspace) {
+// Cuts the tiles into items. A tile's spans become items of their own only where the tile is a
+// large part of `work`, what a thread has to do.
+void PlanItems(const PagedInt8Cache& cache, int64_t work, DecodeWorkspace* workspace) {
   for (size_t i = 0; i < workspace->tiles.size(); ++i) {
     RowTile& tile = workspace->tiles[i];
-    const int32_t num_positions = tile.end - tile.begin;
-    tile.num_spans = static_cast<int32_t>(CeilDivide(tile.end, span_len)) - tile.begin / span_len;
-    tile.is_shared = tile.num_spans > 1 && num_positions > share;
+    tile.span_len = SpanLength(cache, tile, work / kSharesOfSpans);
+    tile.num_spans =
+        static_cast<int32_t>(CeilDivide(tile.end, tile.span_len)) - tile.begin / tile.span_len;
+    tile.is_shared = tile.num_spans > 1 && Cost(cache, tile) > work / kSharesToCut;
     tile.first_state = workspace->num_states;
     if (tile.is_shared) workspace->num_states += tile.num_spans;
     const int32_t num_items = tile.is_shared ? tile.num_spans : 1;
@@ -134,9 +166,10 @@ class DecodeLaunch {
   void AttendSpan(const SpanParams& span, SpanState* state) const;
   void LoadQueries(const RowTile& tile, bool is_checked, Queries* queries) const;
   SpanParams MakeSpanParams(const RowTile& tile, const Queries& queries) const;
-  void SetSpan(const RowTile& tile, int32_t span_idx, SpanParams* span) const;
-  void RunItem(const DecodeItem& item) const;
-  void AttendAllSpans(const RowTile& tile, SpanParams* span) const;
+  ContextRun SpanRun(const RowTile& tile, int32_t span_idx) const;
+  ContextRun RunAfter(int64_t item_idx) const;
+  void RunItem(int64_t item_idx) const;
+  void AttendAllSpans(const RowTile& tile, const ContextRun& after, SpanParams* span) const;
   void AttendOneSpan(const DecodeItem& item, SpanParams* span) const;
   void MergeRows(const RowTile& tile, const SpanState& other, SpanState* state) const;
   void StoreRows(const RowTile& tile, const SpanState& state) const;
@@ -144,35 +177,34 @@ class DecodeLaunch {
   const DecodeParams& params_;
   Runtime& runtime_;
   DecodeWorkspace& workspace_;
-  int32_t span_len_ = 0;
-  int64_t num_codes_ = 0;  // read in all, by all tiles
+  bool is_parallel_ = false;
+  int64_t num_sharing_ = 1;  // threads
 };
 
 void DecodeLaunch::Plan() {
   workspace_.tiles.clear();
   workspace_.items.clear();
   workspace_.num_states = 0;
-  for (int32_t entry = 0; entry < params_.batch.num_entries; ++entry) {
-    if (params_.batch.kv_lens[entry] == 0) continue;
+  OrderEntries(params_.batch, &workspace_.entry_order);
+  for (const int32_t entry : workspace_.entry_order) {
     for (int32_t kv_head = 0; kv_head < params_.cache.num_kv_heads; ++kv_head) {
       PlanTiles(params_, entry, kv_head, &workspace_.tiles);
     }
   }
-  int64_t num_positions = 0;
-  for (const RowTile& tile : workspace_.tiles) num_positions += tile.end - tile.begin;
-  num_codes_ = 2 * num_positions * params_.cache.head_dim;
-  const int num_threads = runtime_.threads.num_threads();
-  const int64_t share =
-      num_threads == 1 ? num_positions : CeilDivide(num_positions, num_threads * kItemsPerThread);
-  span_len_ = SpanLength(params_.cache, share);
-  PlanItems(span_len_, share, &workspace_);
+  int64_t cost = 0;
+  for (const RowTile& tile : workspace_.tiles) cost += Cost(params_.cache, tile);
+  is_parallel_ = cost >= kMinSharedCost;
+  num_sharing_ = is_parallel_ ? runtime_.threads.num_threads() : 1;
+  // A thread alone has nothing to share out: no tile is cut.
+  const int64_t work = num_sharing_ == 1 ? cost * kSharesOfSpans : CeilDivide(cost, num_sharing_);
+  PlanItems(params_.cache, work, &workspace_);
   ReserveStates(&workspace_);
 }
 
 void DecodeLaunch::Run() {
   const auto num_items = static_cast<int64_t>(workspace_.items.size());
-  runtime_.threads.ForEach(num_items, num_codes_ >= kMinSharedCodes,
-                           [this](int64_t item) { RunItem(workspace_.items[item]); });
+  runtime_.threads.ForEach(num_items, is_parallel_,
+                           [this](int64_t item_idx) { RunItem(item_idx); });
 }
 
 // An entry without context has no answer: zeros, and the log of an empty sum.
@@ -206,7 +238,8 @@ void DecodeLaunch::LoadQueries(const RowTile& tile, bool is_checked, Queries* qu
     const char* source = static_cast<const char*>(params_.q) + out_row * row_bytes;
     float* target = queries->rows + row * kMaxHeadDim;
     const uint32_t amax_bits = runtime_.kernels.load_row(params_.dtype, source, head_dim, target);
-    std::fill(target + head_dim, target + kMaxHeadDim, 0.0f);
+    std::fill(target + head_dim, target + CeilDivide(head_dim, kQueryPadding) * kQueryPadding,
+              0.0f);
     queries->factors[row] = TameQuery(amax_bits, head_dim, target);
     if (!is_checked || amax_bits < kFloatInfBits) continue;
     const int64_t num_q_heads = params_.cache.num_q_heads;
@@ -221,10 +254,7 @@ SpanParams DecodeLaunch::MakeSpanParams(const RowTile& tile, const Queries& quer
   const int32_t layer = params_.batch.layers[tile.entry];
   SpanParams span = {};
   span.cache = &params_.cache;
-  span.layer = &params_.cache.layers[layer];
   span.options = &params_.cache.options[layer];
-  span.block_table = params_.batch.BlockTable(tile.entry);
-  span.kv_head = tile.kv_head;
   span.kv_len = params_.batch.kv_lens[tile.entry];
   span.num_rows = tile.num_rows;
   span.q = queries.rows;
@@ -237,22 +267,37 @@ SpanParams DecodeLaunch::MakeSpanParams(const RowTile& tile, const Queries& quer
   return span;
 }
 
-// Span i of a tile is the i-th run of span_len_ positions that holds some of the tile's.
-void DecodeLaunch::SetSpan(const RowTile& tile, int32_t span_idx, SpanParams* span) const {
-  const int64_t first = (tile.begin / span_len_ + int64_t{span_idx}) * span_len_;
-  span->begin = static_cast<int32_t>(std::max<int64_t>(tile.begin, first));
-  span->end = static_cast<int32_t>(std::min<int64_t>(tile.end, first + span_len_));
+// Span i of a tile is the i-th run of span_len positions that holds some of the tile's.
+ContextRun DecodeLaunch::SpanRun(const RowTile& tile, int32_t span_idx) const {
+  const int64_t first = (tile.begin / tile.span_len + int64_t{span_idx}) * tile.span_len;
+  ContextRun run = {};
+  run.layer = &params_.cache.layers[params_.batch.layers[tile.entry]];
+  run.block_table = params_.batch.BlockTable(tile.entry);
+  run.kv_head = tile.kv_head;
+  run.begin = static_cast<int32_t>(std::max<int64_t>(tile.begin, first));
+  run.end = static_cast<int32_t>(std::min<int64_t>(tile.end, first + tile.span_len));
+  return run;
 }
 
-void DecodeLaunch::RunItem(const DecodeItem& item) const {
+// What this thread reads first after an item, if all threads go at the same speed.
+ContextRun DecodeLaunch::RunAfter(int64_t item_idx) const {
+  const int64_t next_idx = item_idx + num_sharing_;
+  if (next_idx >= static_cast<int64_t>(workspace_.items.size())) return {};
+  const DecodeItem& next = workspace_.items[next_idx];
+  return SpanRun(workspace_.tiles[next.tile_idx], next.span_idx);
+}
+
+void DecodeLaunch::RunItem(int64_t item_idx) const {
+  const DecodeItem& item = workspace_.items[item_idx];
   const RowTile& tile = workspace_.tiles[item.tile_idx];
   Queries queries;
   LoadQueries(tile, item.span_idx == 0, &queries);
   SpanParams span = MakeSpanParams(tile, queries);
   if (tile.is_shared) {
+    span.next = RunAfter(item_idx);
     AttendOneSpan(item, &span);
   } else {
-    AttendAllSpans(tile, &span);
+    AttendAllSpans(tile, RunAfter(item_idx), &span);
   }
 }
 
@@ -262,14 +307,14 @@ void DecodeLaunch::AttendSpan(const SpanParams& span, SpanState* state) const {
   (is_exact ? kernels.attend_span : kernels.attend_span_for_halves)(span, state);
 }
 
-void DecodeLaunch::AttendAllSpans(const RowTile& tile, SpanParams* span) const {
+void DecodeLaunch::AttendAllSpans(const RowTile& tile, const ContextRun& after,
+                                  SpanParams* span) const {
   SpanState state, next;
-  SetSpan(tile, 0, span);
-  AttendSpan(*span, &state);
-  for (int32_t span_idx = 1; span_idx < tile.num_spans; ++span_idx) {
-    SetSpan(tile, span_idx, span);
-    AttendSpan(*span, &next);
-    MergeRows(tile, next, &state);
+  for (int32_t span_idx = 0; span_idx < tile.num_spans; ++span_idx) {
+    span->run = SpanRun(tile, span_idx);
+    span->next = span_idx + 1 < tile.num_spans ? SpanRun(tile, span_idx + 1) : after;
+    AttendSpan(*span, span_idx == 0 ? &state : &next);
+    if (span_idx > 0) MergeRows(tile, next, &state);
   }
   StoreRows(tile, state);
 }
@@ -278,7 +323,7 @@ void DecodeLaunch::AttendAllSpans(const RowTile& tile, SpanParams* span) const {
 void DecodeLaunch::AttendOneSpan(const DecodeItem& item, SpanParams* span) const {
   const RowTile& tile = workspace_.tiles[item.tile_idx];
   SpanState* states = &workspace_.states[tile.first_state];
-  SetSpan(tile, item.span_idx, span);
+  span->run = SpanRun(tile, item.span_idx);
   AttendSpan(*span, &states[item.span_idx]);
   if (workspace_.num_spans_done[item.tile_idx].fetch_add(1) + 1 < tile.num_spans) return;
   for (int32_t i = 1; i < tile.num_spans; ++i) MergeRows(tile, states[i], &states[0]);

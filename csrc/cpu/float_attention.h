@@ -251,8 +251,8 @@ void ValueTile(const PagedInt8Cache& cache, const Tile& tile, SpanState* state) 
 template <int kNumRows>
 void AttendSpanOf(const SpanParams& params, SpanState* state) {
   Tile tile;
-  int position = RoundDown(params.begin, 16);
-  while (position < params.end) {
+  int position = RoundDown(params.run.begin, 16);
+  while (position < params.run.end) {
     LoadTile(params, position, &tile);
     ScoreTile<kNumRows>(params, &tile);
     SoftmaxTile(params, &tile, state);
@@ -262,7 +262,7 @@ void AttendSpanOf(const SpanParams& params, SpanState* state) {
 }
 
 void AttendSpanInFloat(const SpanParams& params, SpanState* state) {
-  InitState(params.num_rows, state);
+  InitState(params.num_rows, params.cache->head_dim, state);
   constexpr void (*kByNumRows[])(const SpanParams&, SpanState*) = {
       AttendSpanOf<1>, AttendSpanOf<2>, AttendSpanOf<3>, AttendSpanOf<4>,
       AttendSpanOf<5>, AttendSpanOf<6>, AttendSpanOf<7>, AttendSpanOf<8>};

@@ -31,7 +31,8 @@ struct QueryRow {
   alignas(64) FineMultiplier fine_quads[kMaxHeadDim / kQuad];
   Multiplier sum_start;
   int32_t fine_sum_start;
-  float factor;  // what a dot product with codes is to be multiplied by
+  float inverse;  // what q was multiplied by before it was rounded
+  float factor;   // what a dot product with codes is to be multiplied by
 };
 
 // A row's weights in a tile as multipliers.
@@ -55,6 +56,7 @@ struct IntegerWork {
   QueryRow queries[kMaxTileRows];
   WeightRow weights[kMaxTileRows];
   RowSoftmax softmax[kMaxTileRows];
+  bool has_fine_quads;
 };
 
 inline float LargestMagnitude(const float* row, int num_elements) {
@@ -63,29 +65,36 @@ inline float LargestMagnitude(const float* row, int num_elements) {
   return ReduceMax(largest);
 }
 
-// Rounds a row of q, whose elements past head_dim are zero. One so small that the inverse of its
+// Rounds a row of q with its padding. One so small that the inverse of its
 // largest element is beyond FP32 counts as zero: none of its scores is above 2^-60.
 inline void RoundQuery(const float* row, int head_dim, float row_factor, QueryRow* query) {
   constexpr float kSmallest = 0x1p-100f;
-  const int num_elements = RoundUp(head_dim, kLanes);
+  const int num_elements = RoundUp(head_dim, kQueryPadding);
   const float largest = LargestMagnitude(row, num_elements);
-  const float inverse = largest < kSmallest ? 0.0f : kMaxKeyMultiplier / largest;
+  query->inverse = largest < kSmallest ? 0.0f : kMaxKeyMultiplier / largest;
+  query->factor = largest / kMaxKeyMultiplier * row_factor;
   for (int d = 0; d < num_elements; d += kLanes) {
-    const Floats numbers = Mul(Load(row + d), Broadcast(inverse));
-    StoreKeyMultipliers(query->quads + d / kQuad, numbers);
+    StoreKeyMultipliers(query->quads + d / kQuad, Mul(Load(row + d), Broadcast(query->inverse)));
+  }
+  query->sum_start = KeySumStart(query->quads, num_elements / kQuad);
+}
+
+// Rounds what that left of the row.
+inline void RoundRestOfQuery(const float* row, int head_dim, QueryRow* query) {
+  const int num_elements = RoundUp(head_dim, kQueryPadding);
+  for (int d = 0; d < num_elements; d += kLanes) {
+    const Floats numbers = Mul(Load(row + d), Broadcast(query->inverse));
     StoreFineMultipliers(query->fine_quads + d / kQuad, numbers);
   }
-  query->sum_start = KeySumStart(query->quads, head_dim / kQuad);
-  query->fine_sum_start = FineSumStart(query->fine_quads, head_dim / kQuad);
-  query->factor = largest / kMaxKeyMultiplier * row_factor;
+  query->fine_sum_start = FineSumStart(query->fine_quads, num_elements / kQuad);
 }
 
 // Dot products of kNumRows rows of q with kNumVectors vectors of slots.
 //
 // k: [head_dim / 4, stride / 4, 4] codes. scores: [kNumRows, kTileTokens].
 template <int kNumRows, int kNumVectors, bool kIsFine, bool kPrefetches>
-void ScorePassInIntegers(const int8_t* k, int stride, const QueryRow* queries, int num_quads,
-                         const int8_t* next, float* scores) {
+[[gnu::noinline]] void ScorePassInIntegers(const int8_t* k, int stride, const QueryRow* queries,
+                                           int num_quads, const int8_t* next, float* scores) {
   constexpr int kStepBytes = kUnrolledQuads * kNumVectors * kQuadVectorBytes;
   DotSums sums[kNumRows][kNumVectors];
   FineSums fine_sums[kNumRows][kNumVectors];
@@ -174,13 +183,22 @@ inline bool NeedsFineScores(const PagedInt8Cache& cache, const Tile& tile, const
   return error * error * static_cast<float>(cache.head_dim) > kCoarseError * kCoarseError;
 }
 
-template <int kNumRows, bool kPrefetches>
-void ScoreRowsInIntegers(const PagedInt8Cache& cache, const Tile& tile, const QueryRow* queries,
-                         float* scores) {
-  if (NeedsFineScores(cache, tile, queries, kNumRows)) {
-    ScoreSegmentsInIntegers<kNumRows, true, kPrefetches>(cache, tile, queries, scores);
-  } else {
-    ScoreSegmentsInIntegers<kNumRows, false, kPrefetches>(cache, tile, queries, scores);
+// Fills the tile's scores, by blocks of rows, the first of which prefetches.
+template <int kFirst, int kSecond, bool kIsFine>
+void ScoreTileInIntegers(const PagedInt8Cache& cache, IntegerWork* work) {
+  float* scores = work->tile.scores;
+  ScoreSegmentsInIntegers<kFirst, kIsFine, true>(cache, work->tile, work->queries, scores);
+  if constexpr (kSecond > 0) {
+    ScoreSegmentsInIntegers<kSecond, kIsFine, false>(cache, work->tile, work->queries + kFirst,
+                                                     scores + kFirst * kTileTokens);
+  }
+}
+
+inline void RoundRestOfQueries(const SpanParams& params, IntegerWork* work) {
+  if (work->has_fine_quads) return;
+  work->has_fine_quads = true;
+  for (int row = 0; row < params.num_rows; ++row) {
+    RoundRestOfQuery(params.q + row * kMaxHeadDim, params.cache->head_dim, &work->queries[row]);
   }
 }
 
@@ -214,15 +232,14 @@ inline void RaiseMaxInIntegers(float max, int head_dim, RowSoftmax* softmax, flo
   softmax->max = max;
 }
 
-// Turns a row of scores into weights exp(score - max) * v_scale and rounds them against their
-// largest; returns the sum of exp. kIsMasked: scores of -inf have no weight, others may not occur.
+// Turns a row of scores into weights exp(score - max) * v_scale, of which the largest is kept in
+// their factor. kIsMasked: scores of -inf have no weight, others may not occur.
 template <bool kIsMasked>
-inline float TakeWeightsInIntegers(const Tile& tile, int num_tokens, const RowSoftmax& softmax,
-                                   float* scores, WeightRow* rounded) {
+inline void TakeWeightsInIntegers(const Tile& tile, int num_tokens, float* scores,
+                                  RowSoftmax* softmax, WeightRow* weights) {
   constexpr float kLog2OfE = 1.44269504f;
-  const float max = softmax.max == kMinusInf ? 0.0f : softmax.max;
-  const Floats unit = Broadcast(softmax.unit * kLog2OfE);
-  const Floats reference = Broadcast(max);
+  const Floats unit = Broadcast(softmax->unit * kLog2OfE);
+  const Floats reference = Broadcast(softmax->max == kMinusInf ? 0.0f : softmax->max);
   Floats sum = Zero(), largest = Zero();
 #pragma GCC unroll 8
   for (int i = 0; i < num_tokens; i += kLanes) {
@@ -236,38 +253,68 @@ inline float TakeWeightsInIntegers(const Tile& tile, int num_tokens, const RowSo
     largest = Max(largest, weight);
     Store(scores + i, weight);
   }
-  const float limit = ReduceMax(largest);
-  const Floats inverse = Broadcast(limit > 0.0f ? kMaxWeightMultiplier / limit : 0.0f);
+  softmax->sum += ReduceAdd(sum);
+  weights->factor = ReduceMax(largest);
+}
+
+// Rounds a row of weights against their largest.
+inline void RoundWeights(int num_tokens, const float* scores, WeightRow* weights) {
+  const float largest = weights->factor;
+  const Floats inverse = Broadcast(largest > 0.0f ? kMaxWeightMultiplier / largest : 0.0f);
 #pragma GCC unroll 4
   for (int i = 0; i < num_tokens; i += 2 * kLanes) {
     const Floats next = i + kLanes < num_tokens ? Load(scores + i + kLanes) : Zero();
-    StoreWeightMultipliers(rounded->quads + i / kQuad, Mul(Load(scores + i), inverse),
+    StoreWeightMultipliers(weights->quads + i / kQuad, Mul(Load(scores + i), inverse),
                            Mul(next, inverse));
   }
-  rounded->factor = limit / kMaxWeightMultiplier;
-  return ReduceAdd(sum);
+  weights->factor = largest / kMaxWeightMultiplier;
 }
 
-// Turns a row of dot products into weights and moves its softmax.
-inline void SoftmaxRowInIntegers(const SpanParams& params, int row, IntegerWork* work,
-                                 float* values) {
-  const int head_dim = params.cache->head_dim;
-  const Tile& tile = work->tile;
-  const bool has_cap = params.options->soft_cap > 0.0f;
-  RowSoftmax& softmax = work->softmax[row];
-  WeightRow* weights = &work->weights[row];
-  float* scores = work->tile.scores + row * kTileTokens;
-  if (tile.num_tokens == kTileTokens && AttendsToAll(params, tile, row) && !has_cap) {
-    const Floats max = ScaleScores(tile, kTileTokens, scores);
-    RaiseMaxInIntegers(ReduceMax(max), head_dim, &softmax, values);
-    softmax.sum += TakeWeightsInIntegers<false>(tile, kTileTokens, softmax, scores, weights);
-    return;
+// Turns the dot products of all rows into weights and moves their softmax: every row attends to all
+// of 64 tokens, and there is no soft cap. Step by step over the rows, so that one row's sums across
+// lanes overlap with the next row's work.
+inline void SoftmaxFullTile(const SpanParams& params, IntegerWork* work, SpanState* state) {
+  const int num_rows = params.num_rows;
+  float* scores = work->tile.scores;
+  float max[kMaxTileRows];
+  for (int row = 0; row < num_rows; ++row) {
+    max[row] = ReduceMax(ScaleScores(work->tile, kTileTokens, scores + row * kTileTokens));
   }
+  for (int row = 0; row < num_rows; ++row) {
+    RaiseMaxInIntegers(max[row], params.cache->head_dim, &work->softmax[row],
+                       state->values + row * kMaxHeadDim);
+  }
+  for (int row = 0; row < num_rows; ++row) {
+    TakeWeightsInIntegers<false>(work->tile, kTileTokens, scores + row * kTileTokens,
+                                 &work->softmax[row], &work->weights[row]);
+  }
+  for (int row = 0; row < num_rows; ++row) {
+    RoundWeights(kTileTokens, scores + row * kTileTokens, &work->weights[row]);
+  }
+}
+
+// The same for one row of any tile.
+inline void SoftmaxRow(const SpanParams& params, int row, IntegerWork* work, float* values) {
+  const Tile& tile = work->tile;
+  RowSoftmax* softmax = &work->softmax[row];
+  float* scores = work->tile.scores + row * kTileTokens;
   ScaleScores(tile, tile.num_tokens, scores);
-  if (has_cap) ApplyFactor(tile, work->queries[row].factor, scores);
-  const Floats max = CapAndMask(params, tile, row, scores);
-  RaiseMaxInIntegers(ReduceMax(max), head_dim, &softmax, values);
-  softmax.sum += TakeWeightsInIntegers<true>(tile, tile.num_tokens, softmax, scores, weights);
+  if (params.options->soft_cap > 0.0f) ApplyFactor(tile, work->queries[row].factor, scores);
+  const float max = ReduceMax(CapAndMask(params, tile, row, scores));
+  RaiseMaxInIntegers(max, params.cache->head_dim, softmax, values);
+  TakeWeightsInIntegers<true>(tile, tile.num_tokens, scores, softmax, &work->weights[row]);
+  RoundWeights(tile.num_tokens, scores, &work->weights[row]);
+}
+
+inline void SoftmaxTileInIntegers(const SpanParams& params, IntegerWork* work, SpanState* state) {
+  bool is_full = work->tile.num_tokens == kTileTokens && params.options->soft_cap <= 0.0f;
+  for (int row = 0; row < params.num_rows; ++row) {
+    is_full = is_full && AttendsToAll(params, work->tile, row);
+  }
+  if (is_full) return SoftmaxFullTile(params, work, state);
+  for (int row = 0; row < params.num_rows; ++row) {
+    SoftmaxRow(params, row, work, state->values + row * kMaxHeadDim);
+  }
 }
 
 // Adds weight * code to kNumVectors vectors of dims from `column` on, of kNumRows rows, over all
@@ -275,8 +322,8 @@ inline void SoftmaxRowInIntegers(const SpanParams& params, int row, IntegerWork*
 //
 // values: [kNumRows, kMaxHeadDim]. kIsHalf: the one vector has only 8 elements.
 template <int kNumRows, int kNumVectors, bool kIsHalf, bool kPrefetches>
-void ValuePassInIntegers(const Tile& tile, const PagedInt8Cache& cache, int column,
-                         const WeightRow* weights, float* values) {
+[[gnu::noinline]] void ValuePassInIntegers(const Tile& tile, const PagedInt8Cache& cache,
+                                           int column, const WeightRow* weights, float* values) {
   constexpr int kStepBytes = kUnrolledQuads * kNumVectors * kQuadVectorBytes / (kIsHalf ? 2 : 1);
   const int stride = ValueStride(cache.head_dim, column);
   DotSums sums[kNumRows][kNumVectors];
@@ -365,6 +412,7 @@ void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
   constexpr int kSecond = kNumRows - kFirst;
   const int head_dim = params.cache->head_dim;
   IntegerWork work;
+  work.has_fine_quads = false;
   Tile& tile = work.tile;
   for (int row = 0; row < kNumRows; ++row) {
     QueryRow* query = &work.queries[row];
@@ -372,17 +420,16 @@ void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
     const float unit = params.options->soft_cap > 0.0f ? 1.0f : query->factor;
     work.softmax[row] = {kMinusInf, 0.0f, unit};
   }
-  int position = RoundDown(params.begin, 16);
-  while (position < params.end) {
+  int position = RoundDown(params.run.begin, 16);
+  while (position < params.run.end) {
     LoadTile(params, position, &tile);
-    ScoreRowsInIntegers<kFirst, true>(*params.cache, tile, work.queries, tile.scores);
-    if constexpr (kSecond > 0) {
-      ScoreRowsInIntegers<kSecond, false>(*params.cache, tile, work.queries + kFirst,
-                                          tile.scores + kFirst * kTileTokens);
+    if (NeedsFineScores(*params.cache, tile, work.queries, kNumRows)) {
+      RoundRestOfQueries(params, &work);
+      ScoreTileInIntegers<kFirst, kSecond, true>(*params.cache, &work);
+    } else {
+      ScoreTileInIntegers<kFirst, kSecond, false>(*params.cache, &work);
     }
-    for (int row = 0; row < kNumRows; ++row) {
-      SoftmaxRowInIntegers(params, row, &work, state->values + row * kMaxHeadDim);
-    }
+    SoftmaxTileInIntegers(params, &work, state);
     ValueRowsInIntegers<kFirst, true>(tile, *params.cache, work.weights, state->values);
     if constexpr (kSecond > 0) {
       ValueRowsInIntegers<kSecond, false>(tile, *params.cache, work.weights + kFirst,
@@ -394,7 +441,7 @@ void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
 }
 
 void AttendSpanInIntegers(const SpanParams& params, SpanState* state) {
-  InitState(params.num_rows, state);
+  InitState(params.num_rows, params.cache->head_dim, state);
   constexpr void (*kByNumRows[])(const SpanParams&, SpanState*) = {
       AttendSpanInIntegersOf<1>, AttendSpanInIntegersOf<2>, AttendSpanInIntegersOf<3>,
       AttendSpanInIntegersOf<4>, AttendSpanInIntegersOf<5>, AttendSpanInIntegersOf<6>,

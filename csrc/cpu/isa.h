@@ -16,19 +16,28 @@ namespace octavo::cpu {
 // Rows of one kv head (query token, query head of the group) that share each read of K and V.
 inline constexpr int kMaxTileRows = 8;
 
+// Rows of q are padded with zeros to a multiple of this: whole vectors of what they are rounded to.
+inline constexpr int kQueryPadding = 64;
+
 // Tokens whose scores are taken before the softmax state moves.
 inline constexpr int kTileTokens = 64;
+
+// A run of context that a thread reads, of one kv head.
+struct ContextRun {
+  const PagedInt8Layer* layer;
+  const int32_t* block_table;  // block ids of the context, from position 0
+  int32_t kv_head;
+  int32_t begin;  // first position
+  int32_t end;    // one past the last
+};
 
 // Some rows of one kv head over a run of context.
 struct SpanParams {
   const PagedInt8Cache* cache;
-  const PagedInt8Layer* layer;
   const LayerOptions* options;
-  const int32_t* block_table;  // block ids of the context, from position 0
-  int32_t kv_head;
+  ContextRun run;
+  ContextRun next;                  // what the thread probably reads after it; may be empty
   int32_t kv_len;                   // valid tokens; nothing at or past it is used
-  int32_t begin;                    // first position of the span
-  int32_t end;                      // one past its last
   int32_t num_rows;                 // 1 .. kMaxTileRows
   const float* q;                   // [num_rows, kMaxHeadDim]
   const float* q_factors;           // [num_rows] what each row of q is to be multiplied by

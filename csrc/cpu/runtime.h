@@ -20,8 +20,9 @@ struct RowTile {
   int32_t kv_head;
   int32_t first_row;  // of the entry's num_tokens * group_size rows of this kv head
   int32_t num_rows;
-  int32_t begin;  // first position that any of its rows attends to
-  int32_t end;    // one past the last
+  int32_t begin;     // first position that any of its rows attends to
+  int32_t end;       // one past the last
+  int32_t span_len;  // positions of a span, but for the first and the last one
   int32_t num_spans;
   bool is_shared;       // each span is an item of its own
   int64_t first_state;  // of its spans' states, where shared
@@ -35,6 +36,7 @@ struct DecodeItem {
 
 // Memory of one decode launch, kept for the next.
 struct DecodeWorkspace {
+  std::vector<int32_t> entry_order;
   std::vector<RowTile> tiles;
   std::vector<DecodeItem> items;
   int64_t num_states = 0;                                  // of shared tiles

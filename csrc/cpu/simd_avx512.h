@@ -147,14 +147,14 @@ inline void StoreWeightMultipliers(Multiplier* p, Floats a, Floats b) {
   _mm512_storeu_si512(p, _mm512_permutexvar_epi64(quads, multipliers));
 }
 
-// What sums of products of keys with these multipliers start from, in every lane.
+// What sums of products of keys with these multipliers start from: less 128 times their numbers.
 inline Multiplier KeySumStart(const Multiplier* x, int num_quads) {
   const __m512i offset = _mm512_set1_epi8(-128);  // 128, unsigned
-  DotSums sums = NoSums();
-  for (int quad = 0; quad < num_quads; ++quad) {
-    sums = AddKeyProducts(sums, offset, BroadcastMultiplier(x[quad]));
+  __m512i sums = _mm512_setzero_si512();          // of high bytes and of low ones in turn
+  for (int quad = 0; quad < num_quads; quad += kLanes / 2) {
+    sums = _mm512_dpbusd_epi32(sums, offset, _mm512_loadu_si512(x + quad));
   }
-  return {-_mm512_cvtsi512_si32(sums.high), -_mm512_cvtsi512_si32(sums.low)};
+  return {-_mm512_mask_reduce_add_epi32(0x5555, sums), -_mm512_mask_reduce_add_epi32(0xaaaa, sums)};
 }
 inline DotSums BroadcastSums(const Multiplier& start) {
   return {_mm512_set1_epi32(start.high), _mm512_set1_epi32(start.low)};
@@ -177,10 +177,10 @@ inline void StoreFineMultipliers(FineMultiplier* p, Floats x) {
 }
 inline int32_t FineSumStart(const FineMultiplier* x, int num_quads) {
   FineSums sums = NoFineSums();
-  for (int quad = 0; quad < num_quads; ++quad) {
-    sums = AddFineProducts(sums, _mm512_set1_epi8(-128), x[quad]);
+  for (int quad = 0; quad < num_quads; quad += kLanes) {
+    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(-128), _mm512_loadu_si512(x + quad));
   }
-  return -_mm512_cvtsi512_si32(sums);
+  return -_mm512_reduce_add_epi32(sums);
 }
 inline FineSums BroadcastFineSums(int32_t start) { return _mm512_set1_epi32(start); }
 
