@@ -133,8 +133,8 @@ inline void LoadScales(const SpanParams& params, const Segment& segment, Tile* t
   }
 }
 
-// Gathers the tile that starts at `begin`, a multiple of 16; it ends at the next multiple of 64, or
-// with the span.
+// Gathers the tile that starts at `begin`, a multiple of 16; it ends at the next multiple of 64,
+// or with the span.
 inline void LoadTile(const SpanParams& params, int begin, Tile* tile) {
   const int block_size = params.cache->block_size;
   const int end = Min(RoundDown(begin, kTileTokens) + kTileTokens, RoundUp(params.run.end, 16));

@@ -146,28 +146,24 @@ template <int kNumRows, int kNumVectors, bool kIsFine, bool kPrefetches>
   }
 }
 
-// Fills kNumRows rows of scores with q . k_codes, scales not yet applied.
+// Fills kNumRows rows of a segment's scores with q . k_codes, scales not yet applied.
 template <int kNumRows, bool kIsFine, bool kPrefetches>
-void ScoreSegmentsInIntegers(const PagedInt8Cache& cache, const Tile& tile, const QueryRow* queries,
-                             float* tile_scores) {
+void ScoreSegment(const PagedInt8Cache& cache, const Segment& segment, const QueryRow* queries,
+                  float* scores) {
   constexpr int kNumVectors = kScoreVectorsInIntegers;
   const int head_dim = cache.head_dim;
   const int stride = cache.block_size * kQuad;
-  for (int s = 0; s < tile.num_segments; ++s) {
-    const Segment& segment = tile.segments[s];
-    float* scores = tile_scores + segment.tile_offset;
-    int slot = 0;
-    for (; slot + kNumVectors * kLanes <= segment.num_slots; slot += kNumVectors * kLanes) {
-      ScorePassInIntegers<kNumRows, kNumVectors, kIsFine, kPrefetches>(
+  int slot = 0;
+  for (; slot + kNumVectors * kLanes <= segment.num_slots; slot += kNumVectors * kLanes) {
+    ScorePassInIntegers<kNumRows, kNumVectors, kIsFine, kPrefetches>(
+        segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
+        segment.next_k_codes + slot * head_dim, scores + slot);
+  }
+  if constexpr (kLanes == 16) {
+    if (slot < segment.num_slots) {
+      ScorePassInIntegers<kNumRows, 1, kIsFine, kPrefetches>(
           segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
           segment.next_k_codes + slot * head_dim, scores + slot);
-    }
-    if constexpr (kLanes == 16) {
-      if (slot < segment.num_slots) {
-        ScorePassInIntegers<kNumRows, 1, kIsFine, kPrefetches>(
-            segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
-            segment.next_k_codes + slot * head_dim, scores + slot);
-      }
     }
   }
 }
@@ -183,14 +179,18 @@ inline bool NeedsFineScores(const PagedInt8Cache& cache, const Tile& tile, const
   return error * error * static_cast<float>(cache.head_dim) > kCoarseError * kCoarseError;
 }
 
-// Fills the tile's scores, by blocks of rows, the first of which prefetches.
+// Fills the tile's scores, segment by segment: all blocks of rows take a segment while the nearest
+// cache holds it, and the first one prefetches.
 template <int kFirst, int kSecond, bool kIsFine>
 void ScoreTileInIntegers(const PagedInt8Cache& cache, IntegerWork* work) {
-  float* scores = work->tile.scores;
-  ScoreSegmentsInIntegers<kFirst, kIsFine, true>(cache, work->tile, work->queries, scores);
-  if constexpr (kSecond > 0) {
-    ScoreSegmentsInIntegers<kSecond, kIsFine, false>(cache, work->tile, work->queries + kFirst,
-                                                     scores + kFirst * kTileTokens);
+  for (int s = 0; s < work->tile.num_segments; ++s) {
+    const Segment& segment = work->tile.segments[s];
+    float* scores = work->tile.scores + segment.tile_offset;
+    ScoreSegment<kFirst, kIsFine, true>(cache, segment, work->queries, scores);
+    if constexpr (kSecond > 0) {
+      ScoreSegment<kSecond, kIsFine, false>(cache, segment, work->queries + kFirst,
+                                            scores + kFirst * kTileTokens);
+    }
   }
 }
 
@@ -271,8 +271,8 @@ inline void RoundWeights(int num_tokens, const float* scores, WeightRow* weights
 }
 
 // Turns the dot products of all rows into weights and moves their softmax: every row attends to all
-// of 64 tokens, and there is no soft cap. Step by step over the rows, so that one row's sums across
-// lanes overlap with the next row's work.
+// of 64 tokens, and there is no soft cap. Step by step over the rows, so that one row's sums
+// across lanes overlap with the next row's work.
 inline void SoftmaxFullTile(const SpanParams& params, IntegerWork* work, SpanState* state) {
   const int num_rows = params.num_rows;
   float* scores = work->tile.scores;
@@ -377,23 +377,29 @@ template <int kNumRows, int kNumVectors, bool kIsHalf, bool kPrefetches>
   }
 }
 
-// Adds the tile's weighted values to kNumRows rows.
-template <int kNumRows, bool kPrefetches>
-void ValueRowsInIntegers(const Tile& tile, const PagedInt8Cache& cache, const WeightRow* weights,
-                         float* values) {
-  constexpr int kNumVectors = kValueVectorsInIntegers<kNumRows>;
-  const int head_dim = cache.head_dim;
-  int d = 0;
-  for (; d + kNumVectors * kLanes <= head_dim; d += kNumVectors * kLanes) {
-    ValuePassInIntegers<kNumRows, kNumVectors, false, kPrefetches>(tile, cache, d, weights, values);
+// Adds the weighted values of kNumVectors vectors of dims from `column` on, for all rows.
+template <int kFirst, int kSecond, int kNumVectors, bool kIsHalf = false>
+void ValueColumns(const PagedInt8Cache& cache, const IntegerWork& work, int column, float* values) {
+  ValuePassInIntegers<kFirst, kNumVectors, kIsHalf, true>(work.tile, cache, column, work.weights,
+                                                          values);
+  if constexpr (kSecond > 0) {
+    ValuePassInIntegers<kSecond, kNumVectors, kIsHalf, false>(
+        work.tile, cache, column, work.weights + kFirst, values + kFirst * kMaxHeadDim);
   }
-  for (; d + kLanes <= head_dim; d += kLanes) {
-    ValuePassInIntegers<kNumRows, 1, false, kPrefetches>(tile, cache, d, weights, values);
+}
+
+template <int kFirst, int kSecond>
+void ValueTileInIntegers(const PagedInt8Cache& cache, const IntegerWork& work, float* values) {
+  constexpr int kNumVectors = kValueVectorsInIntegers<kFirst>;
+  int d = 0;
+  for (; d + kNumVectors * kLanes <= cache.head_dim; d += kNumVectors * kLanes) {
+    ValueColumns<kFirst, kSecond, kNumVectors>(cache, work, d, values);
+  }
+  for (; d + kLanes <= cache.head_dim; d += kLanes) {
+    ValueColumns<kFirst, kSecond, 1>(cache, work, d, values);
   }
   if constexpr (kLanes == 16) {
-    if (d < head_dim) {
-      ValuePassInIntegers<kNumRows, 1, true, kPrefetches>(tile, cache, d, weights, values);
-    }
+    if (d < cache.head_dim) ValueColumns<kFirst, kSecond, 1, true>(cache, work, d, values);
   }
 }
 
@@ -430,11 +436,7 @@ void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
       ScoreTileInIntegers<kFirst, kSecond, false>(*params.cache, &work);
     }
     SoftmaxTileInIntegers(params, &work, state);
-    ValueRowsInIntegers<kFirst, true>(tile, *params.cache, work.weights, state->values);
-    if constexpr (kSecond > 0) {
-      ValueRowsInIntegers<kSecond, false>(tile, *params.cache, work.weights + kFirst,
-                                          state->values + kFirst * kMaxHeadDim);
-    }
+    ValueTileInIntegers<kFirst, kSecond>(*params.cache, work, state->values);
     position += tile.num_tokens;
   }
   for (int row = 0; row < kNumRows; ++row) state->softmax[row] = InUnitsOfOne(work.softmax[row]);
