@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "layout.h"
 #include "pool_memory.h"
 #include "runtime.h"
 #include "thread_pool.h"
@@ -171,15 +172,16 @@ Registry<BoundCache>& Caches() {
   return *registry;
 }
 
+// Checks the tensors of a layer, and that K and V of a (block, kv head) follow each other.
 PagedInt8Layer MakeLayer(const Tensor* pools, const PagedInt8Cache& cache) {
   const int64_t blocks = cache.num_blocks, heads = cache.num_kv_heads;
-  check_tensor("k_codes", pools[0], at::kChar,
-               {blocks, heads, cache.head_dim / kQuad, cache.block_size, kQuad});
-  check_tensor("v_codes", pools[1], at::kChar, {blocks, heads, cache.head_dim * cache.block_size});
-  check_tensor("k_scales", pools[2], at::kHalf, {blocks, heads, cache.block_size});
-  check_tensor("v_scales", pools[3], at::kHalf, {blocks, heads, cache.block_size});
-  return {static_cast<int8_t*>(pools[0].data_ptr()), static_cast<int8_t*>(pools[1].data_ptr()),
-          static_cast<uint16_t*>(pools[2].data_ptr()), static_cast<uint16_t*>(pools[3].data_ptr())};
+  const int64_t tile_bytes = cpu::TileBytes(cache);
+  check_tensor("codes", pools[0], at::kChar, {blocks, heads, 2, tile_bytes});
+  check_tensor("k_scales", pools[1], at::kHalf, {blocks, heads, cache.block_size});
+  check_tensor("v_scales", pools[2], at::kHalf, {blocks, heads, cache.block_size});
+  auto* codes = static_cast<int8_t*>(pools[0].data_ptr());
+  return {codes, codes + tile_bytes, static_cast<uint16_t*>(pools[1].data_ptr()),
+          static_cast<uint16_t*>(pools[2].data_ptr())};
 }
 
 void CheckShape(const PagedInt8Cache& cache) {
@@ -197,26 +199,26 @@ void CheckShape(const PagedInt8Cache& cache) {
 
 // Binds the pools of all layers.
 //
-// pools: k_codes, v_codes, k_scales, v_scales of layer 0, then of layer 1, ...
+// pools: codes, k_scales, v_scales of layer 0, then of layer 1, ...
 // options: sm_scale, soft_cap [num_layers] float32; window [num_layers] int32; sinks
 //     [num_layers, num_q_heads] float32, or with no rows.
-int64_t make_cache(std::vector<Tensor> pools, int64_t num_q_heads, const Tensor& sm_scale,
-                   const Tensor& soft_cap, const Tensor& window, const Tensor& sinks,
-                   bool is_deterministic) {
-  const auto num_layers = static_cast<int64_t>(pools.size()) / 4;
-  TORCH_CHECK_VALUE(num_layers > 0 && pools.size() % 4 == 0 && pools[0].dim() == 5,
-                    "pools must be four tensors a layer");
+int64_t make_cache(std::vector<Tensor> pools, int64_t num_q_heads, int64_t head_dim,
+                   const Tensor& sm_scale, const Tensor& soft_cap, const Tensor& window,
+                   const Tensor& sinks, bool is_deterministic) {
+  const auto num_layers = static_cast<int64_t>(pools.size()) / 3;
+  TORCH_CHECK_VALUE(num_layers > 0 && pools.size() % 3 == 0 && pools[1].dim() == 3,
+                    "pools must be three tensors a layer");
   auto bound = std::make_shared<BoundCache>();
   bound->tensors = std::move(pools);
   bound->tensors.push_back(sinks);
-  const Tensor& k_codes = bound->tensors[0];
+  const Tensor& k_scales = bound->tensors[1];
   PagedInt8Cache& cache = bound->cache;
   cache.num_layers = static_cast<int32_t>(num_layers);
-  cache.num_blocks = static_cast<int32_t>(k_codes.size(0));
+  cache.num_blocks = static_cast<int32_t>(k_scales.size(0));
   cache.num_q_heads = static_cast<int32_t>(num_q_heads);
-  cache.num_kv_heads = static_cast<int32_t>(k_codes.size(1));
-  cache.head_dim = static_cast<int32_t>(k_codes.size(2) * kQuad);
-  cache.block_size = static_cast<int32_t>(k_codes.size(3));
+  cache.num_kv_heads = static_cast<int32_t>(k_scales.size(1));
+  cache.head_dim = static_cast<int32_t>(head_dim);
+  cache.block_size = static_cast<int32_t>(k_scales.size(2));
   cache.is_deterministic = is_deterministic;
   CheckShape(cache);
   check_tensor("sm_scale", sm_scale, at::kFloat, {num_layers});
@@ -225,7 +227,7 @@ int64_t make_cache(std::vector<Tensor> pools, int64_t num_q_heads, const Tensor&
   const bool has_sinks = sinks.numel() > 0;
   if (has_sinks) check_tensor("sinks", sinks, at::kFloat, {num_layers, num_q_heads});
   for (int64_t i = 0; i < num_layers; ++i) {
-    bound->layers.push_back(MakeLayer(&bound->tensors[4 * i], cache));
+    bound->layers.push_back(MakeLayer(&bound->tensors[3 * i], cache));
     const float* layer_sinks =
         has_sinks ? sinks.const_data_ptr<float>() + i * num_q_heads : nullptr;
     bound->options.push_back({sm_scale.const_data_ptr<float>()[i],

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "layout.h"
 #include "octavo/batch_checks.h"
 #include "octavo/cpu_ops.h"
 #include "octavo/half.h"
@@ -89,7 +90,7 @@ void AppendRow(const AppendParams& params, const IsaKernels& kernels, const RowP
   }
   const int64_t slot = params.batch.slot_mapping[place.token];
   const PagedInt8Layer& layer = cache.layers[params.batch.layers[place.entry]];
-  const KvTile tile = cache.Tile(layer, slot / cache.block_size, place.kv_head);
+  const KvTile tile = TileOf(cache, layer, slot / cache.block_size, place.kv_head);
   const auto store = kField == OffenceField::kK ? StoreK : StoreV;
   store(row, cache, tile, slot % cache.block_size);
 }

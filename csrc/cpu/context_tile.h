@@ -11,6 +11,7 @@
 #define OCTAVO_CPU_CONTEXT_TILE_H_
 
 #include "isa.h"
+#include "layout.h"
 #include "octavo/half.h"
 
 namespace octavo::cpu {
@@ -81,7 +82,7 @@ inline const int8_t* ValueCodesAt(const Segment& segment, int block_size, int he
 
 inline KvTile TileAt(const PagedInt8Cache& cache, const ContextRun& run, int position) {
   const int block_idx = position >> __builtin_ctz(cache.block_size);
-  return cache.Tile(*run.layer, run.block_table[block_idx], run.kv_head);
+  return TileOf(cache, *run.layer, run.block_table[block_idx], run.kv_head);
 }
 
 // What is read one tile (or block, where that is more) after `position`: of this run, or of the

@@ -2,21 +2,21 @@
 
 #include <cstring>
 
+#include "layout.h"
 #include "octavo/cpu_ops.h"
 #include "runtime.h"
 
 namespace octavo::cpu {
 namespace {
 
-// A block's kv heads lie one after the other, so the tile of head 0 is where the block begins.
+// A block's kv heads lie one after the other, so the tile of head 0 is where the block begins,
+// and K and V of all of them are one run.
 void CopyBlock(const PagedInt8Cache& cache, const PagedInt8Layer& layer, int64_t source,
                int64_t target) {
-  const KvTile from = cache.Tile(layer, source, 0);
-  const KvTile to = cache.Tile(layer, target, 0);
+  const KvTile from = TileOf(cache, layer, source, 0);
+  const KvTile to = TileOf(cache, layer, target, 0);
   const size_t num_scales = static_cast<size_t>(cache.num_kv_heads) * cache.block_size;
-  const size_t num_codes = num_scales * cache.head_dim;
-  std::memmove(to.k_codes, from.k_codes, num_codes);
-  std::memmove(to.v_codes, from.v_codes, num_codes);
+  std::memmove(to.k_codes, from.k_codes, 2 * num_scales * cache.head_dim);
   std::memmove(to.k_scales, from.k_scales, num_scales * sizeof(uint16_t));
   std::memmove(to.v_scales, from.v_scales, num_scales * sizeof(uint16_t));
 }

@@ -13,8 +13,6 @@ namespace octavo {
 
 inline constexpr int kMaxHeadDim = 256;
 inline constexpr int kHeadDimStep = 8;    // head_dim is a multiple of it
-inline constexpr int kQuad = 4;           // codes that lie together in the cpu's layout
-inline constexpr int kValueColumn = 16;   // dims of V that lie together there; the last 8 may remain
 inline constexpr int kMinBlockSize = 16;  // block_size is 16, 32, 64 or 128
 
 // Element type of q, k, v and out.
@@ -25,10 +23,8 @@ OCTAVO_HOST_DEVICE inline int64_t ElementBytes(DataType dtype) {
   return dtype == DataType::kFloat32 ? 4 : 2;
 }
 
-// One layer's pool. Blocks are head-major, so that a (block, kv head) is one contiguous run of
-// bytes, a tile. On the cpu four codes lie together as byte dot products take them: four dims of a
-// token in K, four tokens of a dim in V. Its lanes are tokens in K and dims in V, so that no sum
-// goes across lanes; V comes in columns of 16 dims, each read from end to end. On CUDA both run
+// One layer's pool. Blocks are head-major, so that what one kv head needs of a block is one run of
+// bytes, a tile. How codes lie in it is the backend's own: cpu/layout.h; on CUDA both K and V run
 // along head_dim.
 struct PagedInt8Layer {
   int8_t* k_codes;     // [num_blocks, num_kv_heads, tile]
@@ -47,8 +43,8 @@ struct LayerOptions {
 
 // One kv head of one block.
 struct KvTile {
-  int8_t* k_codes;     // cpu: [head_dim / 4, block_size, 4]; CUDA: [block_size, head_dim]
-  int8_t* v_codes;     // cpu: [head_dim / 16, block_size / 4, 16, 4]; CUDA: [block_size, head_dim]
+  int8_t* k_codes;     // [block_size, head_dim] on CUDA
+  int8_t* v_codes;     // [block_size, head_dim] on CUDA
   uint16_t* k_scales;  // [block_size] float16 bits
   uint16_t* v_scales;  // [block_size] float16 bits
 };
@@ -68,7 +64,7 @@ struct PagedInt8Cache {
   // Query heads that share one kv head.
   OCTAVO_HOST_DEVICE int32_t GroupSize() const { return num_q_heads / num_kv_heads; }
 
-  // All address arithmetic of the pools.
+  // All address arithmetic of CUDA's pools.
   OCTAVO_HOST_DEVICE KvTile Tile(const PagedInt8Layer& layer, int64_t block_id,
                                  int64_t kv_head) const {
     const int64_t first_slot = (block_id * num_kv_heads + kv_head) * block_size;

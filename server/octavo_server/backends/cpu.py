@@ -1,9 +1,8 @@
 """The cpu backend: C++ kernels over INT8 blocks in host memory, chosen for this machine at run time.
 
-Pools are head-major, with four codes side by side as byte dot products take them: K
-`[block][kv_head][head_dim / 4][slot][4]`, V in columns of 16 dims,
-`[block][kv_head][head_dim / 16][slot / 4][16][4]`, of which the last may have 8; scales
-`[block][kv_head][slot]`. The kernels and what they promise are in csrc/cpu.
+Pools are head-major: codes `[block][kv_head][K, V]`, scales `[block][kv_head][slot]`. Four codes lie side by side as
+byte dot products take them: K is `[head_dim / 4][slot][4]`, V, in columns of 16 dims of which the last may have 8,
+`[head_dim / 16][slot / 4][16][4]`. The kernels and what they promise are in csrc/cpu.
 """
 
 from __future__ import annotations
@@ -92,12 +91,12 @@ class CpuBackend:
         """Allocate one layer, zeroed: its memory is then really there, before any step needs it."""
         check_layer_fits(spec, num_blocks, self.free_bytes())
         heads = (num_blocks, spec.num_kv_heads)
-        k_shape = (*heads, spec.head_dim // _QUAD, spec.block_size, _QUAD)
-        v_shape = (*heads, spec.head_dim * spec.block_size)
+        k_shape = (spec.head_dim // _QUAD, spec.block_size, _QUAD)
         try:
+            codes = self._alloc_pool((*heads, 2, spec.head_dim * spec.block_size), torch.int8)
             return PagedInt8Layer(
-                k_codes=self._alloc_pool(k_shape, torch.int8),
-                v_codes=self._alloc_pool(v_shape, torch.int8),
+                k_codes=codes[:, :, 0].unflatten(-1, k_shape),
+                v_codes=codes[:, :, 1],
                 k_scales=self._alloc_pool((*heads, spec.block_size), torch.float16),
                 v_scales=self._alloc_pool((*heads, spec.block_size), torch.float16),
             )
@@ -111,14 +110,13 @@ class CpuBackend:
     ) -> PagedInt8Cache:
         """Bind allocated layers: pointers and per-layer options go to C++ once."""
         pools = [
-            pool
-            for layer in layers
-            for pool in (layer.k_codes, layer.v_codes, layer.k_scales, layer.v_scales)
+            pool for layer in layers for pool in (_codes_of(layer), layer.k_scales, layer.v_scales)
         ]
         sinks = spec.sinks if spec.sinks is not None else np.empty((0, spec.num_q_heads))
         handle = self._ops.make_cache(
             pools,
             spec.num_q_heads,
+            spec.head_dim,
             torch.tensor(spec.sm_scale, dtype=torch.float32),
             torch.tensor(spec.soft_cap, dtype=torch.float32),
             torch.tensor(spec.window, dtype=torch.int32),
@@ -221,6 +219,13 @@ class _BoundCache:
     def __init__(self, handle: int, free_cache: Callable[[int], None]) -> None:
         self.handle = handle
         weakref.finalize(self, free_cache, handle).atexit = False
+
+
+def _codes_of(layer: PagedInt8Layer) -> torch.Tensor:
+    """Return [num_blocks, num_kv_heads, 2, bytes] int8: the memory that both codes are views of."""
+    shape, stride = layer.v_codes.shape, layer.v_codes.stride()
+    both = (shape[0], shape[1], 2, shape[2])
+    return layer.k_codes.as_strided(both, (*stride[:2], shape[2], 1))
 
 
 def _v_places(spec: ModelSpec, offsets: torch.Tensor) -> torch.Tensor:
