@@ -91,11 +91,11 @@ class CpuBackend:
         """Allocate one layer, zeroed: its memory is then really there, before any step needs it."""
         check_layer_fits(spec, num_blocks, self.free_bytes())
         heads = (num_blocks, spec.num_kv_heads)
-        k_shape = (spec.head_dim // _QUAD, spec.block_size, _QUAD)
+        k_shape = (*heads, spec.head_dim // _QUAD, spec.block_size, _QUAD)
         try:
             codes = self._alloc_pool((*heads, 2, spec.head_dim * spec.block_size), torch.int8)
             return PagedInt8Layer(
-                k_codes=codes[:, :, 0].unflatten(-1, k_shape),
+                k_codes=codes[:, :, 0].view(k_shape),
                 v_codes=codes[:, :, 1],
                 k_scales=self._alloc_pool((*heads, spec.block_size), torch.float16),
                 v_scales=self._alloc_pool((*heads, spec.block_size), torch.float16),
@@ -225,7 +225,8 @@ def _codes_of(layer: PagedInt8Layer) -> torch.Tensor:
     """Return [num_blocks, num_kv_heads, 2, bytes] int8: the memory that both codes are views of."""
     shape, stride = layer.v_codes.shape, layer.v_codes.stride()
     both = (shape[0], shape[1], 2, shape[2])
-    return layer.k_codes.as_strided(both, (*stride[:2], shape[2], 1))
+    codes: torch.Tensor = layer.k_codes.as_strided(both, (*stride[:2], shape[2], 1))
+    return codes
 
 
 def _v_places(spec: ModelSpec, offsets: torch.Tensor) -> torch.Tensor:
