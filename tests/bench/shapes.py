@@ -95,6 +95,8 @@ class Case:
         return sum(-(-length // self.block_size) for length in self.workload.lengths)
 
 
+CACHE_MULTIPLE = 4
+
 THREE_PASS_TOKENS = 4096
 """Longest context of the three-pass kernel: kMaxThreePassTokens."""
 
@@ -140,17 +142,19 @@ def decode_cases(*, quick: bool) -> list[Case]:
     return cases + [Case(LLAMA, WORKLOADS[0], size) for size in BLOCK_SIZES if size != 32]
 
 
-def num_copies(launch_bytes: int, l2_bytes: int, most_bytes: int) -> int:
+def num_copies(
+    launch_bytes: int, l2_bytes: int, most_bytes: int, multiple: int = CACHE_MULTIPLE
+) -> int:
     """Return how many caches launches rotate among.
 
     Args:
         launch_bytes: What one launch reads.
         l2_bytes: The cache that must not help: the set is several times as large.
         most_bytes: Memory that there is for the set.
+        multiple: How many times as large as the cache the set is to be.
     """
-    wanted = -(-_L2_MULTIPLE * l2_bytes // launch_bytes)
+    wanted = -(-multiple * l2_bytes // launch_bytes)
     return max(1, min(max(wanted, 2), _MOST_COPIES, most_bytes // launch_bytes))
 
 
-_L2_MULTIPLE = 4
 _MOST_COPIES = 1024

@@ -26,6 +26,7 @@ from tests.bench.cpu.goals import goals
 from tests.bench.cpu.machine import describe_machine, describe_software, llc_bytes
 from tests.bench.cpu.memory import Memory
 from tests.bench.cpu.plot import save_plot
+from tests.bench.cpu.racers import LLC_MULTIPLE
 from tests.bench.cpu.report import PLOT_NAME, as_markdown
 from tests.bench.cpu.results import Results, as_json
 from tests.bench.cpu.setting import Setting
@@ -56,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def set_up(progress: Progress, *, is_quick: bool = False) -> Setting:
     """Build the kernels and everything that measures."""
     progress.say("building the kernels, where that was not done before")
-    backend = CpuBackend()
+    backend = CpuBackend(pin_threads=True)
     torch.set_num_threads(backend.num_threads)
-    memory = Memory(backend.num_threads, 4 * llc_bytes())
+    memory = Memory(backend.num_threads, LLC_MULTIPLE * llc_bytes())
     machine = describe_machine(backend.description, backend.num_threads)
     results = Results(machine=machine, software=describe_software())
     for facts in (results.machine, results.software):

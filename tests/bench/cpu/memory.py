@@ -23,8 +23,8 @@ MODES: tuple[Mode, ...] = ("narrow", "wide")
 WIDE_RATIO = 1.45
 """All threads read at least this many times as fast as one: the wide mode."""
 
-BUFFER_BYTES = 128 << 20
-NUM_PASSES, NUM_ONE_THREAD_PASSES = 5, 3
+BUFFER_BYTES = 384 << 20
+NUM_PASSES, NUM_ONE_THREAD_PASSES = 3, 1
 
 STRATEGIES = (
     "in order",

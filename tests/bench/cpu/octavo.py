@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,22 @@ from tests.bench.cpu.racers import Racer, copies_of, racer
 from tests.bench.shapes import Heads
 
 OCTAVO = "Octavo"
+
+_CORES = os.sched_getaffinity(0)
+
+
+@contextmanager
+def on_first_core() -> Iterator[None]:
+    """Bind this thread to the first core for a while.
+
+    A backend with pinned threads expects its caller there. Bound for good, this thread would leave its core to the threads
+    of the peers, and those that it starts would be bound with it.
+    """
+    os.sched_setaffinity(0, {min(_CORES)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, _CORES)
 
 
 class Sessions:
@@ -87,16 +105,20 @@ class Sessions:
 
     def append(self, batch: RaggedBatch, k: HalfArray, v: HalfArray) -> NDArray[np.int64]:
         """Append; returns offences."""
-        return self.backend.int8_kv_append_paged(self.cache, batch, k, v)
+        with on_first_core():
+            return self.backend.int8_kv_append_paged(self.cache, batch, k, v)
 
     def attend(self, batch: RaggedBatch, q: HalfArray) -> HalfArray:
         """Attend; returns the answer."""
-        decoded = self.backend.int8_paged_decode_attention(self.cache, batch, q, return_lse=False)
-        return decoded.out
+        with on_first_core():
+            return self.backend.int8_paged_decode_attention(
+                self.cache, batch, q, return_lse=False
+            ).out
 
     def step(self, batch: RaggedBatch, q: HalfArray, kv: tuple[HalfArray, HalfArray]) -> HalfArray:
         """Append and attend; returns the answer."""
-        out = self.backend.step(self.cache, batch, q, kv, return_lse=False).out
+        with on_first_core():
+            out = self.backend.step(self.cache, batch, q, kv, return_lse=False).out
         assert out is not None, "q was given"
         return out
 

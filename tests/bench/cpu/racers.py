@@ -15,6 +15,10 @@ MOST_BYTES = 1 << 30
 """Memory for one contestant's caches."""
 
 
+LLC_MULTIPLE = 12
+"""Of four times the cache, a tenth was still found in it."""
+
+
 class PeerError(Exception):
     """A peer that cannot take part; the text says why."""
 
@@ -36,7 +40,7 @@ class Racer:
 
 def copies_of(cache_bytes: int, llc_bytes: int) -> int:
     """Return how many copies of a cache keep it from being found in the last-level cache."""
-    return num_copies(cache_bytes, llc_bytes, max(MOST_BYTES, cache_bytes))
+    return num_copies(cache_bytes, llc_bytes, max(MOST_BYTES, cache_bytes), LLC_MULTIPLE)
 
 
 def rotating(
