@@ -178,8 +178,8 @@ def test_launches_rotate_over_copies() -> None:
 
 
 def test_copies_exceed_the_cache() -> None:
-    assert copies_of(68 << 20, 32 << 20) == 2
-    assert copies_of(1 << 20, 32 << 20) == 128
+    assert copies_of(68 << 20, 32 << 20) == 6
+    assert copies_of(1 << 20, 32 << 20) == 384
     assert copies_of(3 << 30, 32 << 20) == 1
 
 
