@@ -52,6 +52,21 @@ struct SoftmaxState {
   float Lse() const;
 };
 
+// Tokens whose rows are stored together where they go to as many neighbouring slots, the first of
+// which is a multiple of it: they lie in one block.
+inline constexpr int kGroupRows = 16;
+
+// The rows of one kv head of such tokens.
+struct RowGroup {
+  DataType dtype;
+  int32_t head_dim;
+  int32_t block_size;
+  const char* rows;     // [head_dim] dtype, the first row
+  int64_t row_stride;   // bytes from row to row
+  int64_t next_offset;  // bytes from a row to one that is read soon after it
+  bool is_streamed;     // codes go past the caches, to a tile aligned to lines
+};
+
 // What attention over a span leaves behind.
 struct SpanState {
   SoftmaxState softmax[kMaxTileRows];
@@ -71,6 +86,14 @@ struct IsaKernels {
 
   // Rounds row * inverse_scale to nearest even codes.
   void (*quantize_row)(const float* row, float inverse_scale, int num_elements, int8_t* codes);
+
+  // Quantises a group and stores codes and scales in the slots of a tile from `offset` on. Returns
+  // false, with nothing stored, where a row cannot be.
+  bool (*store_k_group)(const RowGroup& group, const KvTile& tile, int64_t offset);
+  bool (*store_v_group)(const RowGroup& group, const KvTile& tile, int64_t offset);
+
+  // Makes streamed groups visible to the threads that this one tells of them.
+  void (*finish_streams)();
 
   // Attends over a span from a fresh state, within the error that FP32 outputs may have.
   void (*attend_span)(const SpanParams& params, SpanState* state);
