@@ -15,7 +15,6 @@
 #include "octavo/cpu_ops.h"
 #include "octavo/half.h"
 #include "octavo/offence.h"
-#include "row_scale.h"
 #include "runtime.h"
 
 namespace octavo::cpu {
@@ -35,29 +34,10 @@ struct Launch {
   bool is_streamed;
 };
 
-// A quantised row, or why there is none.
 struct QuantizedRow {
   alignas(64) int8_t codes[kMaxHeadDim];
   uint16_t scale;  // float16 bits
-  bool is_ok;
-  OffenceKind offence;  // where not ok
 };
-
-void Quantize(const AppendParams& params, const IsaKernels& kernels, const void* source,
-              QuantizedRow* quantized) {
-  alignas(64) float row[kMaxHeadDim];
-  const int32_t head_dim = params.cache.head_dim;
-  const uint32_t amax_bits = kernels.load_row(params.dtype, source, head_dim, row);
-  quantized->is_ok = amax_bits < kFloatInfBits;
-  quantized->offence = OffenceKind::kNonFinite;
-  if (!quantized->is_ok) return;
-  const RowScale scale = ScaleOf(amax_bits);
-  quantized->scale = scale.scale;
-  quantized->is_ok = scale.IsFinite();
-  quantized->offence = OffenceKind::kScaleOverflow;
-  if (!quantized->is_ok) return;
-  kernels.quantize_row(row, scale.inverse_scale, head_dim, quantized->codes);
-}
 
 void StoreK(const QuantizedRow& row, const PagedInt8Cache& cache, const KvTile& tile,
             int64_t offset) {
@@ -103,11 +83,14 @@ template <OffenceField kField>
 void AppendRow(const Launch& launch, const RowPlace& place) {
   const AppendParams& params = launch.params;
   QuantizedRow row;
-  Quantize(params, launch.kernels, Source<kField>(params, place), &row);
-  if (!row.is_ok) {
+  const uint32_t amax_bits = launch.kernels.quantize_row(
+      params.dtype, Source<kField>(params, place), params.cache.head_dim, row.codes, &row.scale);
+  if (row.scale >= kHalfInfBits) {
+    const auto kind =
+        amax_bits < kFloatInfBits ? OffenceKind::kScaleOverflow : OffenceKind::kNonFinite;
     const int32_t entry_token = place.token - params.batch.token_starts[place.entry];
     RecordOffence(&params.offences[place.entry],
-                  PackOffence(kField, entry_token, place.kv_head, row.offence));
+                  PackOffence(kField, entry_token, place.kv_head, kind));
     return;
   }
   const int64_t offset = params.batch.slot_mapping[place.token] % params.cache.block_size;

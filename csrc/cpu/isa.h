@@ -84,8 +84,10 @@ struct IsaKernels {
   // Converts row * factor to dtype, to nearest even; FP16 saturates.
   void (*store_row)(DataType dtype, const float* row, float factor, int num_elements, void* target);
 
-  // Rounds row * inverse_scale to nearest even codes.
-  void (*quantize_row)(const float* row, float inverse_scale, int num_elements, int8_t* codes);
+  // Quantises a row to codes [kMaxHeadDim] and a scale, float16 bits, of which an infinite one
+  // makes the codes void. Returns what load_row does.
+  uint32_t (*quantize_row)(DataType dtype, const void* source, int num_elements, int8_t* codes,
+                           uint16_t* scale);
 
   // Quantises a group and stores codes and scales in the slots of a tile from `offset` on. Returns
   // false, with nothing stored, where a row cannot be.

@@ -9,6 +9,7 @@
 
 #include "octavo/half.h"
 #include "octavo/paged_cache.h"
+#include "row_scale.h"
 
 namespace octavo::cpu {
 namespace {
@@ -112,14 +113,32 @@ void StoreRow(DataType dtype, const float* row, float factor, int num_elements, 
   }
 }
 
-void QuantizeRow(const float* row, float inverse_scale, int num_elements, int8_t* codes) {
-  const Floats inverse_scales = Broadcast(inverse_scale);
+template <typename Codec>
+uint32_t QuantizeRowOf(const void* source, int num_elements, int8_t* codes, uint16_t* scale) {
+  const auto* elements = static_cast<const typename Codec::Element*>(source);
+  const uint32_t amax_bits = LargestBits<Codec>(elements, num_elements);
+  const RowScale row_scale = ScaleOf(amax_bits);
+  *scale = row_scale.scale;
+  const Floats inverse_scales = Broadcast(row_scale.inverse_scale);
   int i = 0;
   for (; i + kLanes <= num_elements; i += kLanes) {
-    StoreCodes(codes + i, Mul(Load(row + i), inverse_scales));
+    StoreCodes(codes + i, Mul(Codec::Load(elements + i), inverse_scales));
   }
-  for (; i < num_elements; ++i) {
-    codes[i] = static_cast<int8_t>(__builtin_rintf(row[i] * inverse_scale));
+  if (i < num_elements) {
+    StoreCodes(codes + i, Mul(Codec::LoadRemaining(elements + i), inverse_scales));
+  }
+  return amax_bits;
+}
+
+uint32_t QuantizeRow(DataType dtype, const void* source, int num_elements, int8_t* codes,
+                     uint16_t* scale) {
+  switch (dtype) {
+    case DataType::kFloat16:
+      return QuantizeRowOf<Float16Codec>(source, num_elements, codes, scale);
+    case DataType::kBfloat16:
+      return QuantizeRowOf<Bfloat16Codec>(source, num_elements, codes, scale);
+    default:
+      return QuantizeRowOf<Float32Codec>(source, num_elements, codes, scale);
   }
 }
 

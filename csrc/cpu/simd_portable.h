@@ -107,8 +107,13 @@ inline uint16_t LargestMagnitude(const uint16_t* p, int num_elements) {
   }
   return largest;
 }
+// The product moves the exponent from FP16's bias to FP32's, exactly, subnormals included.
 inline Floats LoadHalves(const uint16_t* p) {
-  return Floats{HalfToFloat(p[0]), HalfToFloat(p[1]), HalfToFloat(p[2]), HalfToFloat(p[3])};
+  const MaxBits bits = {p[0], p[1], p[2], p[3]};
+  const MaxBits magnitude = bits & 0x7fff;
+  const MaxBits no_number = (MaxBits)(magnitude >= kHalfInfBits) & kFloatInfBits;
+  const Floats rebiased = (Floats)(magnitude << 13) * Broadcast(0x1p112f);
+  return (Floats)((MaxBits)rebiased | no_number | (bits & 0x8000) << 16);
 }
 inline void StoreHalves(uint16_t* p, Floats x) {
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = FloatToHalf(x[lane]);
