@@ -3,8 +3,12 @@
 // For a row x, in FP32: amax = max|x|; scale = amax / 127 rounded up to FP16, at least the smallest
 // positive FP16; codes = x * (1 / scale) to nearest even, within [-127, 127]. A row of zeros has
 // scale 0 and codes 0. The same bits on every instruction set.
+//
+// Tokens in neighbouring slots, as a prompt's are, go 16 at a time (group_kernels.h); those of a
+// ragged end or a decode step, and a group with an offence, row by row.
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "layout.h"
@@ -17,36 +21,24 @@
 namespace octavo::cpu {
 namespace {
 
-constexpr int32_t kRowsPerItem = 16;  // neighbouring slots share cache lines of K
-constexpr float kMaxCode = 127.0f;
+constexpr int32_t kTokensPerItem = 64;
 
-// A quantised row, or why there is none.
+// Codes of a launch that cores' own caches do not hold until they are attended to: those go past
+// the caches, which then need not read the lines that are overwritten.
+constexpr int64_t kMinStreamedCodes = int64_t{4} << 20;
+constexpr uintptr_t kCacheLine = 64;
+
+// One append, as all of its items see it.
+struct Launch {
+  const AppendParams& params;
+  const IsaKernels& kernels;
+  bool is_streamed;
+};
+
 struct QuantizedRow {
   alignas(64) int8_t codes[kMaxHeadDim];
   uint16_t scale;  // float16 bits
-  bool is_ok;
-  OffenceKind offence;  // where not ok
 };
-
-void Quantize(const AppendParams& params, const IsaKernels& kernels, const void* source,
-              QuantizedRow* quantized) {
-  alignas(64) float row[kMaxHeadDim];
-  const int32_t head_dim = params.cache.head_dim;
-  const uint32_t amax_bits = kernels.load_row(params.dtype, source, head_dim, row);
-  quantized->is_ok = amax_bits < kFloatInfBits;
-  quantized->offence = OffenceKind::kNonFinite;
-  if (!quantized->is_ok) return;
-  if (amax_bits == 0) {
-    quantized->scale = 0;
-    std::memset(quantized->codes, 0, head_dim);
-    return;
-  }
-  quantized->scale = RoundUpToHalf(BitsFloat(amax_bits) / kMaxCode);
-  quantized->is_ok = quantized->scale < kHalfInfBits;
-  quantized->offence = OffenceKind::kScaleOverflow;
-  if (!quantized->is_ok) return;
-  kernels.quantize_row(row, 1.0f / HalfToFloat(quantized->scale), head_dim, quantized->codes);
-}
 
 void StoreK(const QuantizedRow& row, const PagedInt8Cache& cache, const KvTile& tile,
             int64_t offset) {
@@ -75,24 +67,61 @@ struct RowPlace {
 };
 
 template <OffenceField kField>
-void AppendRow(const AppendParams& params, const IsaKernels& kernels, const RowPlace& place) {
-  const PagedInt8Cache& cache = params.cache;
+const char* Source(const AppendParams& params, const RowPlace& place) {
   const void* source = kField == OffenceField::kK ? params.k : params.v;
+  const PagedInt8Cache& cache = params.cache;
   const int64_t row_idx = static_cast<int64_t>(place.token) * cache.num_kv_heads + place.kv_head;
-  const int64_t row_bytes = cache.head_dim * ElementBytes(params.dtype);
+  return static_cast<const char*>(source) + row_idx * cache.head_dim * ElementBytes(params.dtype);
+}
+
+KvTile Target(const AppendParams& params, const RowPlace& place) {
+  const PagedInt8Layer& layer = params.cache.layers[params.batch.layers[place.entry]];
+  const int64_t block_id = params.batch.slot_mapping[place.token] / params.cache.block_size;
+  return TileOf(params.cache, layer, block_id, place.kv_head);
+}
+
+template <OffenceField kField>
+void AppendRow(const Launch& launch, const RowPlace& place) {
+  const AppendParams& params = launch.params;
   QuantizedRow row;
-  Quantize(params, kernels, static_cast<const char*>(source) + row_idx * row_bytes, &row);
-  if (!row.is_ok) {
+  const uint32_t amax_bits = launch.kernels.quantize_row(
+      params.dtype, Source<kField>(params, place), params.cache.head_dim, row.codes, &row.scale);
+  if (row.scale >= kHalfInfBits) {
+    const auto kind =
+        amax_bits < kFloatInfBits ? OffenceKind::kScaleOverflow : OffenceKind::kNonFinite;
     const int32_t entry_token = place.token - params.batch.token_starts[place.entry];
     RecordOffence(&params.offences[place.entry],
-                  PackOffence(kField, entry_token, place.kv_head, row.offence));
+                  PackOffence(kField, entry_token, place.kv_head, kind));
     return;
   }
-  const int64_t slot = params.batch.slot_mapping[place.token];
-  const PagedInt8Layer& layer = cache.layers[params.batch.layers[place.entry]];
-  const KvTile tile = TileOf(cache, layer, slot / cache.block_size, place.kv_head);
+  const int64_t offset = params.batch.slot_mapping[place.token] % params.cache.block_size;
   const auto store = kField == OffenceField::kK ? StoreK : StoreV;
-  store(row, cache, tile, slot % cache.block_size);
+  store(row, params.cache, Target(params, place), offset);
+}
+
+bool IsLine(const void* p) { return reinterpret_cast<uintptr_t>(p) % kCacheLine == 0; }
+
+// The rows of a group in one kv head. The next kv head's follow; after the last, those of the
+// token behind the group.
+template <OffenceField kField>
+void AppendRowGroup(const Launch& launch, const RowPlace& first) {
+  const AppendParams& params = launch.params;
+  const PagedInt8Cache& cache = params.cache;
+  const KvTile tile = Target(params, first);
+  const int64_t row_bytes = cache.head_dim * ElementBytes(params.dtype);
+  const int64_t row_stride = cache.num_kv_heads * row_bytes;
+  const bool is_last = first.kv_head + 1 == cache.num_kv_heads;
+  const int64_t next_offset = row_bytes + (is_last ? (kGroupRows - 1) * row_stride : 0);
+  const bool is_streamed = launch.is_streamed && IsLine(tile.k_codes) && IsLine(tile.v_codes);
+  const RowGroup group = {
+      params.dtype, cache.head_dim, cache.block_size, Source<kField>(params, first),
+      row_stride,   next_offset,    is_streamed};
+  const bool is_k = kField == OffenceField::kK;
+  const auto store = is_k ? launch.kernels.store_k_group : launch.kernels.store_v_group;
+  if (store(group, tile, params.batch.slot_mapping[first.token] % cache.block_size)) return;
+  for (int32_t i = 0; i < kGroupRows; ++i) {
+    AppendRow<kField>(launch, {first.entry, first.token + i, first.kv_head});
+  }
 }
 
 int32_t EntryOf(const RaggedBatch& batch, int32_t token) {
@@ -100,17 +129,64 @@ int32_t EntryOf(const RaggedBatch& batch, int32_t token) {
   return static_cast<int32_t>(std::upper_bound(ends, ends + batch.num_entries, token) - ends);
 }
 
-void AppendRows(const AppendParams& params, const IsaKernels& kernels, int32_t first, int32_t end) {
-  const int32_t first_entry = EntryOf(params.batch, first);
-  for (int32_t kv_head = 0; kv_head < params.cache.num_kv_heads; ++kv_head) {
+// Tokens first .. end - 1, row by row. Heads go by, as neighbouring slots share lines of K.
+void AppendSingly(const Launch& launch, int32_t first, int32_t end) {
+  const RaggedBatch& batch = launch.params.batch;
+  const int32_t first_entry = EntryOf(batch, first);
+  for (int32_t kv_head = 0; kv_head < launch.params.cache.num_kv_heads; ++kv_head) {
     int32_t entry = first_entry;
     for (int32_t token = first; token < end; ++token) {
-      while (token >= params.batch.token_starts[entry + 1]) ++entry;
-      if (params.batch.slot_mapping[token] < 0) continue;
-      AppendRow<OffenceField::kK>(params, kernels, {entry, token, kv_head});
-      AppendRow<OffenceField::kV>(params, kernels, {entry, token, kv_head});
+      while (token >= batch.token_starts[entry + 1]) ++entry;
+      if (batch.slot_mapping[token] < 0) continue;
+      AppendRow<OffenceField::kK>(launch, {entry, token, kv_head});
+      AppendRow<OffenceField::kV>(launch, {entry, token, kv_head});
     }
   }
+}
+
+// All kv heads of the group that begins with token `first`.
+void AppendGroup(const Launch& launch, int32_t first) {
+  const int32_t entry = EntryOf(launch.params.batch, first);
+  for (int32_t kv_head = 0; kv_head < launch.params.cache.num_kv_heads; ++kv_head) {
+    AppendRowGroup<OffenceField::kK>(launch, {entry, first, kv_head});
+    AppendRowGroup<OffenceField::kV>(launch, {entry, first, kv_head});
+  }
+}
+
+// Whether the tokens from `first` on are a group: of one entry, in neighbouring slots that begin
+// with a multiple of their number.
+bool IsGroup(const RaggedBatch& batch, int32_t first) {
+  const int64_t slot = batch.slot_mapping[first];
+  if (slot < 0 || slot % kGroupRows != 0) return false;
+  if (first + kGroupRows > batch.token_starts[EntryOf(batch, first) + 1]) return false;
+  bool are_neighbours = true;
+  for (int32_t i = 1; i < kGroupRows; ++i) {
+    are_neighbours &= batch.slot_mapping[first + i] == slot + i;
+  }
+  return are_neighbours;
+}
+
+// The first token from `token` on that is not of a group that began before.
+int32_t SkipGroupBegunBefore(const RaggedBatch& batch, int32_t token) {
+  const int64_t slot = batch.slot_mapping[token];
+  if (slot < 0) return token;
+  const auto first = static_cast<int32_t>(token - slot % kGroupRows);
+  if (first < 0 || first == token || !IsGroup(batch, first)) return token;
+  return first + kGroupRows;
+}
+
+// The groups that begin in tokens first .. end - 1, and the tokens there that are in none.
+void AppendTokens(const Launch& launch, int32_t first, int32_t end) {
+  const RaggedBatch& batch = launch.params.batch;
+  int32_t token = SkipGroupBegunBefore(batch, first);
+  while (token < end) {
+    int32_t group = token;
+    while (group < end && !IsGroup(batch, group)) ++group;
+    if (token < group) AppendSingly(launch, token, group);
+    if (group < end) AppendGroup(launch, group);
+    token = group + kGroupRows;
+  }
+  if (launch.is_streamed) launch.kernels.finish_streams();
 }
 
 }  // namespace
@@ -123,10 +199,11 @@ Status AppendPagedInt8(const AppendParams& params, Runtime& runtime) {
   const int32_t num_rows = params.batch.TotalTokens();
   const int64_t num_codes =
       int64_t{2} * num_rows * params.cache.num_kv_heads * params.cache.head_dim;
-  const int64_t num_items = (num_rows + kRowsPerItem - 1) / kRowsPerItem;
+  const int64_t num_items = (num_rows + kTokensPerItem - 1) / kTokensPerItem;
+  const Launch launch = {params, runtime.kernels, num_codes >= kMinStreamedCodes};
   runtime.threads.ForEach(num_items, num_codes >= kMinSharedCodes, [&](int64_t item) {
-    const auto first = static_cast<int32_t>(item * kRowsPerItem);
-    AppendRows(params, runtime.kernels, first, std::min(num_rows, first + kRowsPerItem));
+    const auto first = static_cast<int32_t>(item * kTokensPerItem);
+    AppendTokens(launch, first, std::min(num_rows, first + kTokensPerItem));
   });
   return Status::kOk;
 }

@@ -61,6 +61,21 @@ struct SoftmaxState {
   float Lse() const;
 };
 
+// Tokens whose rows are stored together where they go to as many neighbouring slots, the first of
+// which is a multiple of it: they lie in one block.
+inline constexpr int kGroupRows = 16;
+
+// The rows of one kv head of such tokens.
+struct RowGroup {
+  DataType dtype;
+  int32_t head_dim;
+  int32_t block_size;
+  const char* rows;     // [head_dim] dtype, the first row
+  int64_t row_stride;   // bytes from row to row
+  int64_t next_offset;  // bytes from a row to one that is read soon after it
+  bool is_streamed;     // codes go past the caches, to a tile aligned to lines
+};
+
 // What attention over a span leaves behind.
 struct SpanState {
   SoftmaxState softmax[kMaxTileRows];
@@ -78,8 +93,18 @@ struct IsaKernels {
   // Converts row * factor to dtype, to nearest even; FP16 saturates.
   void (*store_row)(DataType dtype, const float* row, float factor, int num_elements, void* target);
 
-  // Rounds row * inverse_scale to nearest even codes.
-  void (*quantize_row)(const float* row, float inverse_scale, int num_elements, int8_t* codes);
+  // Quantises a row to codes [kMaxHeadDim] and a scale, float16 bits, of which an infinite one
+  // makes the codes void. Returns what load_row does.
+  uint32_t (*quantize_row)(DataType dtype, const void* source, int num_elements, int8_t* codes,
+                           uint16_t* scale);
+
+  // Quantises a group and stores codes and scales in the slots of a tile from `offset` on. Returns
+  // false, with nothing stored, where a row cannot be.
+  bool (*store_k_group)(const RowGroup& group, const KvTile& tile, int64_t offset);
+  bool (*store_v_group)(const RowGroup& group, const KvTile& tile, int64_t offset);
+
+  // Makes streamed groups visible to the threads that this one tells of them.
+  void (*finish_streams)();
 
   // Attends over a span from a fresh state, within the error that FP32 outputs may have.
   void (*attend_span)(const SpanParams& params, SpanState* state);

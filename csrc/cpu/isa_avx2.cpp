@@ -10,9 +10,12 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
+#include "layout.h"
 #include "octavo/half.h"
 #include "octavo/paged_cache.h"
+#include "row_scale.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -24,6 +27,7 @@
 #include "float_attention.h"
 #include "integer_attention.h"
 #include "row_kernels.h"
+#include "group_kernels.h"
 // clang-format on
 
 #pragma GCC pop_options
@@ -39,8 +43,9 @@ bool IsSupported() {
 }  // namespace
 
 const IsaKernels* Avx2Kernels() {
-  static constexpr IsaKernels kKernels = {"avx2",      LoadRow,           StoreRow,
-                                          QuantizeRow, AttendSpanInFloat, AttendSpanInIntegers};
+  static constexpr IsaKernels kKernels = {"avx2",        LoadRow,           StoreRow,
+                                          QuantizeRow,   StoreKeyGroup,     StoreValueGroup,
+                                          FinishStreams, AttendSpanInFloat, AttendSpanInIntegers};
   static const bool is_supported = IsSupported();
   return is_supported ? &kKernels : nullptr;
 }

@@ -13,9 +13,12 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
+#include "layout.h"
 #include "octavo/half.h"
 #include "octavo/paged_cache.h"
+#include "row_scale.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
@@ -27,6 +30,7 @@
 #include "float_attention.h"
 #include "integer_attention.h"
 #include "row_kernels.h"
+#include "group_kernels.h"
 // clang-format on
 
 #pragma GCC pop_options
@@ -44,8 +48,9 @@ bool IsSupported() {
 }  // namespace
 
 const IsaKernels* Avx512Kernels() {
-  static constexpr IsaKernels kKernels = {"avx512",    LoadRow,           StoreRow,
-                                          QuantizeRow, AttendSpanInFloat, AttendSpanInIntegers};
+  static constexpr IsaKernels kKernels = {"avx512",      LoadRow,           StoreRow,
+                                          QuantizeRow,   StoreKeyGroup,     StoreValueGroup,
+                                          FinishStreams, AttendSpanInFloat, AttendSpanInIntegers};
   static const bool is_supported = IsSupported();
   return is_supported ? &kKernels : nullptr;
 }

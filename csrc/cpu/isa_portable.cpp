@@ -7,13 +7,15 @@
 #include "context_tile.h"
 #include "float_attention.h"
 #include "row_kernels.h"
+#include "group_kernels.h"
 // clang-format on
 
 namespace octavo::cpu {
 
 const IsaKernels* PortableKernels() {
-  static constexpr IsaKernels kKernels = {"portable",  LoadRow,           StoreRow,
-                                          QuantizeRow, AttendSpanInFloat, AttendSpanInFloat};
+  static constexpr IsaKernels kKernels = {"portable",    LoadRow,           StoreRow,
+                                          QuantizeRow,   StoreKeyGroup,     StoreValueGroup,
+                                          FinishStreams, AttendSpanInFloat, AttendSpanInFloat};
   return &kKernels;
 }
 

@@ -9,6 +9,7 @@
 
 #include "octavo/half.h"
 #include "octavo/paged_cache.h"
+#include "row_scale.h"
 
 namespace octavo::cpu {
 namespace {
@@ -16,6 +17,7 @@ namespace {
 struct Float32Codec {
   using Element = float;
   static Floats Load(const float* p) { return cpu::Load(p); }
+  static Floats LoadRemaining(const float* p) { return cpu::LoadRemaining(p); }
   static void Store(float* p, Floats x) { cpu::Store(p, x); }
   static float FromElement(float x) { return x; }
   static float ToElement(float x) { return x; }
@@ -26,6 +28,7 @@ struct Float32Codec {
 struct Float16Codec {
   using Element = uint16_t;
   static Floats Load(const uint16_t* p) { return LoadHalves(p); }
+  static Floats LoadRemaining(const uint16_t* p) { return LoadRemainingHalves(p); }
   static void Store(uint16_t* p, Floats x) { StoreHalves(p, Clamp(x, kLargestHalf)); }
   static float FromElement(uint16_t x) { return HalfToFloat(x); }
   static uint16_t ToElement(float x) {
@@ -37,10 +40,26 @@ struct Float16Codec {
 struct Bfloat16Codec {
   using Element = uint16_t;
   static Floats Load(const uint16_t* p) { return LoadBfloat16s(p); }
+  static Floats LoadRemaining(const uint16_t* p) { return LoadRemainingBfloat16s(p); }
   static void Store(uint16_t* p, Floats x) { StoreBfloat16s(p, x); }
   static float FromElement(uint16_t x) { return BitsFloat(static_cast<uint32_t>(x) << 16); }
   static uint16_t ToElement(float x) { return FloatToBfloat16(x); }
 };
+
+// The largest absolute value of a row as bits of FP32, 0x7f800000 or more where not all are finite.
+// That of 16-bit elements is the largest of their bits.
+template <typename Codec>
+uint32_t LargestBits(const typename Codec::Element* row, int num_elements) {
+  if constexpr (sizeof(typename Codec::Element) == 2) {
+    return FloatBits(Codec::FromElement(LargestMagnitude(row, num_elements)));
+  } else {
+    MaxBits bits = NoBits();
+    int i = 0;
+    for (; i + kLanes <= num_elements; i += kLanes) bits = MaxOfBits(bits, Codec::Load(row + i));
+    if (i < num_elements) bits = MaxOfBits(bits, Codec::LoadRemaining(row + i));
+    return ReduceBits(bits);
+  }
+}
 
 template <typename Codec>
 uint32_t LoadRowOf(const void* source, int num_elements, float* row) {
@@ -94,14 +113,32 @@ void StoreRow(DataType dtype, const float* row, float factor, int num_elements, 
   }
 }
 
-void QuantizeRow(const float* row, float inverse_scale, int num_elements, int8_t* codes) {
-  const Floats inverse_scales = Broadcast(inverse_scale);
+template <typename Codec>
+uint32_t QuantizeRowOf(const void* source, int num_elements, int8_t* codes, uint16_t* scale) {
+  const auto* elements = static_cast<const typename Codec::Element*>(source);
+  const uint32_t amax_bits = LargestBits<Codec>(elements, num_elements);
+  const RowScale row_scale = ScaleOf(amax_bits);
+  *scale = row_scale.scale;
+  const Floats inverse_scales = Broadcast(row_scale.inverse_scale);
   int i = 0;
   for (; i + kLanes <= num_elements; i += kLanes) {
-    StoreCodes(codes + i, Mul(Load(row + i), inverse_scales));
+    StoreCodes(codes + i, Mul(Codec::Load(elements + i), inverse_scales));
   }
-  for (; i < num_elements; ++i) {
-    codes[i] = static_cast<int8_t>(__builtin_rintf(row[i] * inverse_scale));
+  if (i < num_elements) {
+    StoreCodes(codes + i, Mul(Codec::LoadRemaining(elements + i), inverse_scales));
+  }
+  return amax_bits;
+}
+
+uint32_t QuantizeRow(DataType dtype, const void* source, int num_elements, int8_t* codes,
+                     uint16_t* scale) {
+  switch (dtype) {
+    case DataType::kFloat16:
+      return QuantizeRowOf<Float16Codec>(source, num_elements, codes, scale);
+    case DataType::kBfloat16:
+      return QuantizeRowOf<Bfloat16Codec>(source, num_elements, codes, scale);
+    default:
+      return QuantizeRowOf<Float32Codec>(source, num_elements, codes, scale);
   }
 }
 

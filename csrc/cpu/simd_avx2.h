@@ -70,6 +70,42 @@ inline void StoreCodes(int8_t* p, Floats x) {
       _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
+// Rounds the same dims of four rows to codes. Each run of 16 bytes has one quad of dims of the
+// rows.
+inline Quads PackCodes(Floats a, Floats b, Floats c, Floats d) {
+  const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+  const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
+  return _mm256_packs_epi16(ab, cd);
+}
+// Turns the 4 x 4 bytes of each run of 16.
+inline Quads TurnBytes(Quads x) {
+  return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                    0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+}
+// Turns vectors of runs of 16 bytes: run j of vector i becomes run i of vector j.
+inline void TurnRuns(Quads (&x)[2]) {
+  const __m256i low = _mm256_permute2x128_si256(x[0], x[1], 0x20);
+  x[1] = _mm256_permute2x128_si256(x[0], x[1], 0x31);
+  x[0] = low;
+}
+inline void StoreQuads(int8_t* p, Quads x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+}
+// Past the caches, to an aligned p; other threads see it after FinishStreams.
+inline void StreamQuads(int8_t* p, Quads x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x);
+}
+inline void FinishStreams() { _mm_sfence(); }
+// The largest of 16 bits each without their sign; num_elements is a multiple of 8.
+inline uint16_t LargestMagnitude(const uint16_t* p, int num_elements) {
+  __m128i largest = _mm_setzero_si128();  // twice the magnitudes
+  for (int i = 0; i < num_elements; i += 8) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+    largest = _mm_max_epu16(largest, _mm_add_epi16(x, x));
+  }
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(largest, _mm_set1_epi16(-1)));
+  return static_cast<uint16_t>(~_mm_cvtsi128_si32(least)) >> 1;
+}
 inline Floats LoadHalves(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -175,6 +211,12 @@ inline void StoreFineMultipliers(FineMultiplier* p, Floats x) {
 }
 inline int32_t FineSumStart(const FineMultiplier*, int) { return 0; }
 inline FineSums BroadcastFineSums(int32_t) { return NoSums(); }
+
+// Any head_dim is whole vectors: nothing remains.
+inline void StoreRemainingQuads(int8_t* p, Quads x) { StoreQuads(p, x); }
+inline Floats LoadRemaining(const float* p) { return Load(p); }
+inline Floats LoadRemainingHalves(const uint16_t* p) { return LoadHalves(p); }
+inline Floats LoadRemainingBfloat16s(const uint16_t* p) { return LoadBfloat16s(p); }
 
 // A running maximum of absolute values, taken on their bits so that NaN counts as large.
 using MaxBits = __m256i;

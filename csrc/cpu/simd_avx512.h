@@ -61,6 +61,67 @@ inline void StoreCodes(int8_t* p, Floats x) {
   const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes);
 }
+// Rounds the same dims of four rows to codes. Each run of 16 bytes has one quad of dims of the
+// rows.
+inline Quads PackCodes(Floats a, Floats b, Floats c, Floats d) {
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+  return _mm512_packs_epi16(ab, cd);
+}
+// Turns the 4 x 4 bytes of each run of 16.
+inline Quads TurnBytes(Quads x) {
+  return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6,
+                                                                     10, 14, 3, 7, 11, 15)));
+}
+// Turns vectors of runs of 16 bytes: run j of vector i becomes run i of vector j.
+inline void TurnRuns(Quads (&x)[4]) {
+  const __m512i low01 = _mm512_shuffle_i64x2(x[0], x[1], 0x44);
+  const __m512i high01 = _mm512_shuffle_i64x2(x[0], x[1], 0xee);
+  const __m512i low23 = _mm512_shuffle_i64x2(x[2], x[3], 0x44);
+  const __m512i high23 = _mm512_shuffle_i64x2(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_i64x2(low01, low23, 0x88);
+  x[1] = _mm512_shuffle_i64x2(low01, low23, 0xdd);
+  x[2] = _mm512_shuffle_i64x2(high01, high23, 0x88);
+  x[3] = _mm512_shuffle_i64x2(high01, high23, 0xdd);
+}
+inline void StoreQuads(int8_t* p, Quads x) { _mm512_storeu_si512(p, x); }
+// Past the caches, to an aligned p; other threads see it after FinishStreams.
+inline void StreamQuads(int8_t* p, Quads x) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), x);
+}
+inline void FinishStreams() { _mm_sfence(); }
+// The first 8.
+inline void StoreRemainingQuads(int8_t* p, Quads x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(x));
+}
+// The 8 elements that a row of a head_dim that 16 does not divide ends with, and zeros.
+inline Floats LoadRemaining(const float* p) { return _mm512_zextps256_ps512(_mm256_loadu_ps(p)); }
+inline Floats LoadRemainingHalves(const uint16_t* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtph_ps(_mm256_zextsi128_si256(halves));
+}
+inline Floats LoadRemainingBfloat16s(const uint16_t* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_zextsi128_si256(halves));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+// The largest of 16 bits each without their sign; num_elements is a multiple of 8.
+inline uint16_t LargestMagnitude(const uint16_t* p, int num_elements) {
+  constexpr int kElements = 32;
+  __m512i largest = _mm512_setzero_si512();  // twice the magnitudes
+  for (int i = 0; i < num_elements; i += kElements) {
+    const int left = num_elements - i;
+    const __mmask32 mask = left < kElements ? (1u << left) - 1 : ~0u;
+    const __m512i x = _mm512_maskz_loadu_epi16(mask, p + i);
+    largest = _mm512_max_epu16(largest, _mm512_add_epi16(x, x));
+  }
+  const __m256i half =
+      _mm256_max_epu16(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1));
+  const __m128i quarter =
+      _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));
+  return static_cast<uint16_t>(~_mm_cvtsi128_si32(least)) >> 1;
+}
 inline Floats LoadHalves(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

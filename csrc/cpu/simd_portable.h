@@ -76,8 +76,44 @@ inline void StoreCodes(int8_t* p, Floats x) {
   const Mask codes = __builtin_convertvector(Round(x), Mask);
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<int8_t>(codes[lane]);
 }
+// Turns the 4 x 4 bytes of a vector.
+inline Quads TurnBytes(Quads x) {
+  int8_t bytes[kLanes * 4], turned[kLanes * 4];
+  std::memcpy(bytes, &x, sizeof(x));
+  for (int i = 0; i < kLanes * 4; ++i) turned[i] = bytes[i % 4 * 4 + i / 4];
+  std::memcpy(&x, turned, sizeof(x));
+  return x;
+}
+// Rounds the same dims of four rows to codes, the quad of the first row first.
+inline Quads PackCodes(Floats a, Floats b, Floats c, Floats d) {
+  Quads turned = __builtin_convertvector(Round(a), Quads) & 0xff;
+  turned |= (__builtin_convertvector(Round(b), Quads) & 0xff) << 8;
+  turned |= (__builtin_convertvector(Round(c), Quads) & 0xff) << 16;
+  turned |= __builtin_convertvector(Round(d), Quads) << 24;
+  return TurnBytes(turned);
+}
+// Turns vectors of runs of 16 bytes, of which there is one.
+inline void TurnRuns(Quads (&)[1]) {}
+inline void StoreQuads(int8_t* p, Quads x) { std::memcpy(p, &x, sizeof(x)); }
+// Nothing here goes past the caches.
+inline void StreamQuads(int8_t* p, Quads x) { StoreQuads(p, x); }
+inline void FinishStreams() {}
+// The largest of 16 bits each without their sign; num_elements is a multiple of 8.
+inline uint16_t LargestMagnitude(const uint16_t* p, int num_elements) {
+  uint16_t largest = 0;
+  for (int i = 0; i < num_elements; ++i) {
+    const uint16_t magnitude = p[i] & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+// The product moves the exponent from FP16's bias to FP32's, exactly, subnormals included.
 inline Floats LoadHalves(const uint16_t* p) {
-  return Floats{HalfToFloat(p[0]), HalfToFloat(p[1]), HalfToFloat(p[2]), HalfToFloat(p[3])};
+  const MaxBits bits = {p[0], p[1], p[2], p[3]};
+  const MaxBits magnitude = bits & 0x7fff;
+  const MaxBits no_number = (MaxBits)(magnitude >= kHalfInfBits) & kFloatInfBits;
+  const Floats rebiased = (Floats)(magnitude << 13) * Broadcast(0x1p112f);
+  return (Floats)((MaxBits)rebiased | no_number | (bits & 0x8000) << 16);
 }
 inline void StoreHalves(uint16_t* p, Floats x) {
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = FloatToHalf(x[lane]);
@@ -89,6 +125,12 @@ inline Floats LoadBfloat16s(const uint16_t* p) {
 inline void StoreBfloat16s(uint16_t* p, Floats x) {
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = FloatToBfloat16(x[lane]);
 }
+
+// Any head_dim is whole vectors: nothing remains.
+inline void StoreRemainingQuads(int8_t* p, Quads x) { StoreQuads(p, x); }
+inline Floats LoadRemaining(const float* p) { return Load(p); }
+inline Floats LoadRemainingHalves(const uint16_t* p) { return LoadHalves(p); }
+inline Floats LoadRemainingBfloat16s(const uint16_t* p) { return LoadBfloat16s(p); }
 
 // A running maximum of absolute values, taken on their bits so that NaN counts as large.
 inline MaxBits NoBits() { return MaxBits{}; }

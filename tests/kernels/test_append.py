@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from octavo_server.backends.base import NO_OFFENCE, Backend
+from octavo_server.backends.base import NO_OFFENCE, Backend, Offence
+from octavo_server.model import BLOCK_SIZES
 from tests.kernels.draws import BFLOAT16, DRAWS, DTYPES, FLOAT16, FLOAT32, Inputs
-from tests.kernels.rig import Entry, Rig, make_spec
+from tests.kernels.rig import Entry, Rig, bits, make_spec
 
 HEAD_DIMS = (8, 64, 72, 80, 96, 128, 192, 256)
 
@@ -147,3 +148,98 @@ def test_float32_is_not_rounded_on_the_way(backend: Backend) -> None:
     x = np.zeros((1, 8), dtype=FLOAT32)
     x[0, :3] = [127.00001, 63.500004, -0.49999997]
     store_rows(backend, x)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_bits_of_prompts_with_ragged_ends(backend: Backend, head_dim: int, block_size: int) -> None:
+    """Neighbouring slots are written together, 16 at a time: every start, dtype and block."""
+    rig = Rig(backend, make_spec(head_dim=head_dim, block_size=block_size), num_blocks=24)
+    num_tokens = 2 * block_size + 21
+    for start, dtype in zip((0, 5, 16), DTYPES, strict=True):
+        session = rig.open(start + num_tokens)
+        rig.fill(session, 1, start)
+        rig.fill(session, 1, num_tokens, dtype=dtype)
+        rig.verify_stored(session, 1)
+    used = [rig.slots(session, 0, len(rig.oracle(session, 1))) for session in range(3)]
+    untouched = sorted({*range(24 * block_size)} - {*np.concatenate(used).tolist()})
+    assert rig.poisoned_slots(1).tolist() == untouched
+
+
+def test_bits_of_prompts_longer_than_a_threads_share(backend: Backend) -> None:
+    """Where threads share a batch out, a run of neighbouring slots is cut anywhere."""
+    rig = Rig(backend, make_spec(num_kv_heads=4, head_dim=128), num_blocks=64)
+    first, second = rig.open(330), rig.open(300)
+    rig.fill(first, 0, 7)
+    rig.fill(second, 0, 9)
+    entries = [Entry(first, 0, 321), Entry(second, 0, 290)]
+    rig.append(entries, rig.draw(entries, dtype=FLOAT16))
+    for session in (first, second):
+        rig.verify_stored(session, 0)
+
+
+def test_neighbouring_slots_of_two_entries(backend: Backend) -> None:
+    """16 of them, half in each layer."""
+    rig = Rig(backend, make_spec(), num_blocks=4)
+    session = rig.open(16)
+    rig.fill(session, 1, 8)
+    entries = [Entry(session, 0, 8), Entry(session, 1, 8)]
+    rig.append(entries, rig.draw(entries))
+    for layer in (0, 1):
+        rig.verify_stored(session, layer)
+    assert set(rig.slots(session, 8, 16)) <= set(rig.poisoned_slots(0))
+
+
+@pytest.mark.parametrize("order", ["swapped", "rotated", "reversed", "gaps"])
+@pytest.mark.parametrize("head_dim", [72, 128])
+def test_slots_in_any_order(backend: Backend, head_dim: int, order: str) -> None:
+    rig = Rig(backend, make_spec(head_dim=head_dim, block_size=32), num_blocks=4)
+    entries = [Entry(rig.open(96), 0, 96)]
+    inputs = rig.draw(entries, dtype=FLOAT16)
+    batch = rig.batch(entries, appends=True)
+    slots = batch.slot_mapping
+    match order:
+        case "swapped":
+            slots[[40, 41]] = slots[[41, 40]]
+        case "rotated":
+            slots[:] = np.roll(slots, 1)
+        case "reversed":
+            slots[:] = slots[::-1].copy()
+        case "gaps":
+            slots[[0, 20, 47, 64, 79]] = -1
+    backend.int8_kv_append_paged(rig.cache, batch, inputs.k, inputs.v)
+    kept = slots >= 0
+    rig.oracle(0, 0).append(inputs.k[kept], inputs.v[kept])
+    for actual, expected in zip(rig.read(0, slots[kept]), rig.oracle(0, 0).stored(), strict=True):
+        np.testing.assert_array_equal(bits(actual), bits(expected))
+    assert set(rig.poisoned_slots(0)) == {*range(128)} - {*slots[kept].tolist()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("field", ["k", "v"])
+def test_offences_among_neighbouring_slots(
+    backend: Backend, field: str, dtype: np.dtype[Any]
+) -> None:
+    """Of three bad rows the first is named; all other rows of the 16 are stored."""
+    rig = Rig(backend, make_spec(num_kv_heads=3, head_dim=80), num_blocks=6)
+    entries = [Entry(rig.open(64), 0, 64)]
+    inputs = rig.draw(entries, dtype=dtype)
+    batch = rig.batch(entries, appends=True)
+    bad = [(45, 0), (38, 2), (38, 1)]
+    rows = getattr(inputs, field)
+    for token, head in bad:
+        rows[token, head, 79] = np.nan
+    offences = backend.int8_kv_append_paged(rig.cache, batch, inputs.k, inputs.v)
+    expected = Offence(field, token_idx=38, head_idx=1, is_overflow=False)
+    assert [Offence.unpack(code) for code in offences.tolist()] == [expected]
+    is_stored = np.ones(rows.shape[:2], dtype=bool)  # what a bad row's place holds is nobody's
+    for token, head in bad:
+        rows[token, head] = 0
+        is_stored[token, head] = False
+    rig.oracle(0, 0).append(inputs.k, inputs.v)
+    stored = rig.read(0, batch.slot_mapping)._asdict()
+    for name, wanted in zip(stored, rig.oracle(0, 0).stored(), strict=True):
+        is_kept = is_stored if name.startswith(field) else ...
+        np.testing.assert_array_equal(
+            bits(stored[name])[is_kept], bits(wanted)[is_kept], err_msg=name
+        )

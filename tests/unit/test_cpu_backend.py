@@ -234,6 +234,33 @@ def test_every_extension_that_is_compiled_for_is_checked(isa: str) -> None:
     assert sorted(checked) == sorted(targets.split(","))
 
 
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("head_dim", [128, 72])
+def test_appends_that_go_past_the_caches(isa: str, head_dim: int) -> None:
+    """More codes than a core's own cache holds, by two threads."""
+    num_tokens, block_size = (4 << 20) // (2 * 8 * head_dim) + 37, 64
+    num_blocks = -(-num_tokens // block_size)
+    spec = ModelSpec("large", 1, 8, 8, head_dim, block_size, num_tokens, (0.5,), (0,), (0.0,))
+    backend = CpuBackend(num_threads=2, isa=isa)
+    cache = alloc_paged_int8_cache(backend, spec, num_blocks)
+    batch = RaggedBatch(
+        layers=np.zeros(1, np.int32),
+        start_pos=np.zeros(1, np.int32),
+        token_starts=np.array([0, num_tokens], np.int32),
+        kv_lens=np.array([num_tokens], np.int32),
+        is_causal=np.ones(1, bool),
+        block_tables=np.arange(num_blocks, dtype=np.int32)[None],
+        slot_mapping=np.arange(num_tokens, dtype=np.int64),
+    )
+    rng = np.random.default_rng(1)
+    k, v = rng.standard_normal((2, num_tokens, 8, head_dim), dtype=np.float32).astype(np.float16)
+    offences = backend.int8_kv_append_paged(cache, batch, k, v)
+    assert offences.tolist() == [NO_OFFENCE]
+    stored = backend.read_tokens(cache, 0, batch.slot_mapping)
+    for actual, wanted in zip(stored, (*quantize(k), *quantize(v)), strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+
+
 def test_a_freed_cache_leaves_the_others_alone(backend: CpuBackend, cache: PagedInt8Cache) -> None:
     other = alloc_paged_int8_cache(backend, SPEC, NUM_BLOCKS)
     handle = other.prepared.handle
