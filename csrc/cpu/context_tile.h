@@ -80,30 +80,37 @@ inline const int8_t* ValueCodesAt(const Segment& segment, int block_size, int he
          segment.first_slot / kQuad * ValueStride(head_dim, d) + (d - column) * kQuad;
 }
 
-inline KvTile TileAt(const PagedInt8Cache& cache, const ContextRun& run, int position) {
+// head_idx counts from the run's first kv head.
+inline KvTile TileAt(const PagedInt8Cache& cache, const ContextRun& run, int position,
+                     int head_idx) {
   const int block_idx = position >> __builtin_ctz(cache.block_size);
-  return TileOf(cache, *run.layer, run.block_table[block_idx], run.kv_head);
+  return TileOf(cache, *run.layer, run.block_table[block_idx], run.kv_head + head_idx);
 }
 
-// What is read one tile (or block, where that is more) after `position`: of this run, or of the
-// next one.
-inline KvTile TileAhead(const SpanParams& params, int position) {
+// What is read after the tile of `position`: that of the next kv head, or, after the last one, one
+// tile (or block, where that is more) ahead, of this run or of the next one.
+inline KvTile TileAhead(const SpanParams& params, int position, int head_idx) {
   const PagedInt8Cache& cache = *params.cache;
+  if (head_idx + 1 < params.run.num_kv_heads) {
+    return TileAt(cache, params.run, position, head_idx + 1);
+  }
   const int step = Max(kTileTokens, cache.block_size);  // powers of two
   const int ahead = position + step;
-  if (ahead < params.run.end) return TileAt(cache, params.run, ahead);
+  if (ahead < params.run.end) return TileAt(cache, params.run, ahead, 0);
   const int last_step = (params.run.end - 1) & -step;
   const int next = (params.next.begin & -step) + position - last_step;
-  if (position < last_step || next >= params.next.end) return TileAt(cache, params.run, position);
-  return TileAt(cache, params.next, next);
+  if (position < last_step || next >= params.next.end) {
+    return TileAt(cache, params.run, position, head_idx);
+  }
+  return TileAt(cache, params.next, next, 0);
 }
 
 // Describes the tokens [position, end) of one block; `end` may not lie past the block.
-inline Segment MakeSegment(const SpanParams& params, int position, int end) {
+inline Segment MakeSegment(const SpanParams& params, int head_idx, int position, int end) {
   const PagedInt8Cache& cache = *params.cache;
   const int slot = position & (cache.block_size - 1);
-  const KvTile tile = TileAt(cache, params.run, position);
-  const KvTile ahead = TileAhead(params, position);
+  const KvTile tile = TileAt(cache, params.run, position, head_idx);
+  const KvTile ahead = TileAhead(params, position, head_idx);
   __builtin_prefetch(ahead.k_scales + slot);
   __builtin_prefetch(ahead.v_scales + slot);
   Segment segment;
@@ -136,7 +143,7 @@ inline void LoadScales(const SpanParams& params, const Segment& segment, Tile* t
 
 // Gathers the tile that starts at `begin`, a multiple of 16; it ends at the next multiple of 64,
 // or with the span.
-inline void LoadTile(const SpanParams& params, int begin, Tile* tile) {
+inline void LoadTile(const SpanParams& params, int head_idx, int begin, Tile* tile) {
   const int block_size = params.cache->block_size;
   const int end = Min(RoundDown(begin, kTileTokens) + kTileTokens, RoundUp(params.run.end, 16));
   tile->begin = begin;
@@ -145,7 +152,7 @@ inline void LoadTile(const SpanParams& params, int begin, Tile* tile) {
   for (int position = begin; position < end;) {
     const int segment_end = Min(end, (position & -block_size) + block_size);
     Segment& segment = tile->segments[tile->num_segments++];
-    segment = MakeSegment(params, position, segment_end);
+    segment = MakeSegment(params, head_idx, position, segment_end);
     segment.tile_offset = position - begin;
     LoadScales(params, segment, tile);
     position = segment_end;

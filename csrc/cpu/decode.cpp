@@ -23,6 +23,8 @@ namespace {
 
 constexpr int32_t kDeterministicSpan = 1024;
 constexpr int32_t kMinSpan = 256;
+constexpr int32_t kLongSpan = 1024;  // what starts a span is lost in it
+constexpr int32_t kMaxRowsOfManyHeads = 4;
 constexpr int64_t kMinSharedCost = 900'000;  // what one core does in about 20 us
 // A tile that costs more than one of this many shares of a thread's work is cut into spans of the
 // other; a span costs some 3 us beside its work.
@@ -68,8 +70,9 @@ void OrderEntries(const RaggedBatch& batch, std::vector<int32_t>* order) {
   });
 }
 
-// Appends the tiles of one kv head of an entry; rows are shared out evenly over as few as will do.
-void PlanTiles(const DecodeParams& params, int32_t entry, int32_t kv_head,
+// Appends the tiles of some kv heads of an entry; rows are shared out evenly over as few as will
+// do.
+void PlanTiles(const DecodeParams& params, int32_t entry, int32_t kv_head, int32_t num_kv_heads,
                std::vector<RowTile>* tiles) {
   const int32_t num_rows = params.batch.NumTokens(entry) * params.cache.GroupSize();
   const auto num_tiles = static_cast<int32_t>(CeilDivide(num_rows, kMaxTileRows));
@@ -77,6 +80,7 @@ void PlanTiles(const DecodeParams& params, int32_t entry, int32_t kv_head,
     RowTile tile = {};
     tile.entry = entry;
     tile.kv_head = kv_head;
+    tile.num_kv_heads = num_kv_heads;
     tile.first_row = static_cast<int32_t>(static_cast<int64_t>(num_rows) * i / num_tiles);
     const int64_t end_row = static_cast<int64_t>(num_rows) * (i + 1) / num_tiles;
     tile.num_rows = static_cast<int32_t>(end_row) - tile.first_row;
@@ -87,10 +91,32 @@ void PlanTiles(const DecodeParams& params, int32_t entry, int32_t kv_head,
   }
 }
 
+// Kv heads that entries of few rows walk together: as many as leave each thread pieces enough
+// without cutting the context short.
+int32_t HeadsPerTile(const DecodeParams& params, int num_threads) {
+  int64_t num_positions = 0;
+  for (int32_t i = 0; i < params.batch.num_entries; ++i) num_positions += params.batch.kv_lens[i];
+  const int64_t num_pieces = num_positions * params.cache.num_kv_heads / kLongSpan;
+  const int64_t num_heads = num_pieces / (num_threads * kSharesOfSpans);
+  return static_cast<int32_t>(std::clamp<int64_t>(num_heads, 1, kMaxSpanHeads));
+}
+
+// Appends the tiles of an entry. Few rows wait for memory: they walk several kv heads together.
+// Many rows wait for their own arithmetic, and do better with what one head needs near.
+void PlanEntry(const DecodeParams& params, int32_t entry, int32_t heads_per_tile,
+               std::vector<RowTile>* tiles) {
+  const int32_t num_heads = params.cache.num_kv_heads;
+  const int32_t num_rows = params.batch.NumTokens(entry) * params.cache.GroupSize();
+  const int32_t step = num_rows <= kMaxRowsOfManyHeads ? heads_per_tile : 1;
+  for (int32_t kv_head = 0; kv_head < num_heads; kv_head += step) {
+    PlanTiles(params, entry, kv_head, std::min(step, num_heads - kv_head), tiles);
+  }
+}
+
 // What a tile costs, in units of one code of K and V for one row: to read and unpack a code is
 // about as much work as one row's product with it.
 int64_t CostPerPosition(const PagedInt8Cache& cache, const RowTile& tile) {
-  return int64_t{cache.head_dim} * (1 + tile.num_rows);
+  return int64_t{cache.head_dim} * tile.num_kv_heads * (1 + tile.num_rows);
 }
 
 int64_t Cost(const PagedInt8Cache& cache, const RowTile& tile) {
@@ -115,7 +141,7 @@ void PlanItems(const PagedInt8Cache& cache, int64_t work, DecodeWorkspace* works
         static_cast<int32_t>(CeilDivide(tile.end, tile.span_len)) - tile.begin / tile.span_len;
     tile.is_shared = tile.num_spans > 1 && Cost(cache, tile) > work / kSharesToCut;
     tile.first_state = workspace->num_states;
-    if (tile.is_shared) workspace->num_states += tile.num_spans;
+    if (tile.is_shared) workspace->num_states += tile.num_spans * tile.num_kv_heads;
     const int32_t num_items = tile.is_shared ? tile.num_spans : 1;
     for (int32_t span = 0; span < num_items; ++span) {
       workspace->items.push_back({static_cast<int32_t>(i), span});
@@ -140,8 +166,10 @@ void ReserveStates(DecodeWorkspace* workspace) {
 
 // A tile's rows of q, in FP32.
 struct Queries {
-  alignas(64) float rows[kMaxTileRows * kMaxHeadDim];  // [num_rows, kMaxHeadDim]
-  float factors[kMaxTileRows];  // [num_rows] what rows are to be multiplied by
+  // [num_kv_heads, num_rows, kMaxHeadDim]
+  alignas(64) float rows[kMaxSpanHeads * kMaxTileRows * kMaxHeadDim];
+  // [num_kv_heads, num_rows] what rows are to be multiplied by
+  float factors[kMaxSpanHeads * kMaxTileRows];
 };
 
 // Returns the factor that the row is to be multiplied by from here on: 1 unless it is huge.
@@ -162,8 +190,10 @@ class DecodeLaunch {
   void ClearSkippedEntries();
 
  private:
-  int64_t OutRow(const RowTile& tile, int32_t row) const;
-  void AttendSpan(const SpanParams& span, SpanState* state) const;
+  int64_t OutRow(const RowTile& tile, int32_t head_idx, int32_t row) const;
+  void AttendSpan(const SpanParams& span, SpanState* states) const;
+  void LoadQuery(const RowTile& tile, int64_t out_row, bool is_checked, float* row,
+                 float* factor) const;
   void LoadQueries(const RowTile& tile, bool is_checked, Queries* queries) const;
   SpanParams MakeSpanParams(const RowTile& tile, const Queries& queries) const;
   ContextRun SpanRun(const RowTile& tile, int32_t span_idx) const;
@@ -171,8 +201,10 @@ class DecodeLaunch {
   void RunItem(int64_t item_idx) const;
   void AttendAllSpans(const RowTile& tile, const ContextRun& after, SpanParams* span) const;
   void AttendOneSpan(const DecodeItem& item, SpanParams* span) const;
+  void MergeSpans(const RowTile& tile, const SpanState* others, SpanState* states) const;
   void MergeRows(const RowTile& tile, const SpanState& other, SpanState* state) const;
-  void StoreRows(const RowTile& tile, const SpanState& state) const;
+  void StoreSpan(const RowTile& tile, const SpanState* states) const;
+  void StoreRow(const RowTile& tile, int64_t out_row, const SpanState& state, int32_t row) const;
 
   const DecodeParams& params_;
   Runtime& runtime_;
@@ -185,11 +217,10 @@ void DecodeLaunch::Plan() {
   workspace_.tiles.clear();
   workspace_.items.clear();
   workspace_.num_states = 0;
+  const int32_t heads_per_tile = HeadsPerTile(params_, runtime_.threads.num_threads());
   OrderEntries(params_.batch, &workspace_.entry_order);
   for (const int32_t entry : workspace_.entry_order) {
-    for (int32_t kv_head = 0; kv_head < params_.cache.num_kv_heads; ++kv_head) {
-      PlanTiles(params_, entry, kv_head, &workspace_.tiles);
-    }
+    PlanEntry(params_, entry, heads_per_tile, &workspace_.tiles);
   }
   int64_t cost = 0;
   for (const RowTile& tile : workspace_.tiles) cost += Cost(params_.cache, tile);
@@ -222,31 +253,38 @@ void DecodeLaunch::ClearSkippedEntries() {
   }
 }
 
-// The index of a tile's row into [total_tokens, num_q_heads].
-int64_t DecodeLaunch::OutRow(const RowTile& tile, int32_t row) const {
+// The index of a row of a tile's head into [total_tokens, num_q_heads].
+int64_t DecodeLaunch::OutRow(const RowTile& tile, int32_t head_idx, int32_t row) const {
   const int32_t group_size = params_.cache.GroupSize();
   const int32_t entry_row = tile.first_row + row;
   const int64_t token = params_.batch.token_starts[tile.entry] + entry_row / group_size;
-  return token * params_.cache.num_q_heads + tile.kv_head * group_size + entry_row % group_size;
+  return token * params_.cache.num_q_heads + (tile.kv_head + head_idx) * group_size +
+         entry_row % group_size;
+}
+
+void DecodeLaunch::LoadQuery(const RowTile& tile, int64_t out_row, bool is_checked, float* row,
+                             float* factor) const {
+  const int32_t head_dim = params_.cache.head_dim;
+  const char* source =
+      static_cast<const char*>(params_.q) + out_row * head_dim * ElementBytes(params_.dtype);
+  const uint32_t amax_bits = runtime_.kernels.load_row(params_.dtype, source, head_dim, row);
+  std::fill(row + head_dim, row + CeilDivide(head_dim, kQueryPadding) * kQueryPadding, 0.0f);
+  *factor = TameQuery(amax_bits, head_dim, row);
+  if (!is_checked || amax_bits < kFloatInfBits) return;
+  const int64_t num_q_heads = params_.cache.num_q_heads;
+  const int64_t token = out_row / num_q_heads - params_.batch.token_starts[tile.entry];
+  RecordOffence(
+      &params_.offences[tile.entry],
+      PackOffence(OffenceField::kQ, token, out_row % num_q_heads, OffenceKind::kNonFinite));
 }
 
 void DecodeLaunch::LoadQueries(const RowTile& tile, bool is_checked, Queries* queries) const {
-  const int32_t head_dim = params_.cache.head_dim;
-  const int64_t row_bytes = head_dim * ElementBytes(params_.dtype);
-  for (int32_t row = 0; row < tile.num_rows; ++row) {
-    const int64_t out_row = OutRow(tile, row);
-    const char* source = static_cast<const char*>(params_.q) + out_row * row_bytes;
-    float* target = queries->rows + row * kMaxHeadDim;
-    const uint32_t amax_bits = runtime_.kernels.load_row(params_.dtype, source, head_dim, target);
-    std::fill(target + head_dim, target + CeilDivide(head_dim, kQueryPadding) * kQueryPadding,
-              0.0f);
-    queries->factors[row] = TameQuery(amax_bits, head_dim, target);
-    if (!is_checked || amax_bits < kFloatInfBits) continue;
-    const int64_t num_q_heads = params_.cache.num_q_heads;
-    const int64_t token = out_row / num_q_heads - params_.batch.token_starts[tile.entry];
-    RecordOffence(
-        &params_.offences[tile.entry],
-        PackOffence(OffenceField::kQ, token, out_row % num_q_heads, OffenceKind::kNonFinite));
+  int32_t i = 0;
+  for (int32_t head_idx = 0; head_idx < tile.num_kv_heads; ++head_idx) {
+    for (int32_t row = 0; row < tile.num_rows; ++row, ++i) {
+      LoadQuery(tile, OutRow(tile, head_idx, row), is_checked, queries->rows + i * kMaxHeadDim,
+                &queries->factors[i]);
+    }
   }
 }
 
@@ -274,6 +312,7 @@ ContextRun DecodeLaunch::SpanRun(const RowTile& tile, int32_t span_idx) const {
   run.layer = &params_.cache.layers[params_.batch.layers[tile.entry]];
   run.block_table = params_.batch.BlockTable(tile.entry);
   run.kv_head = tile.kv_head;
+  run.num_kv_heads = tile.num_kv_heads;
   run.begin = static_cast<int32_t>(std::max<int64_t>(tile.begin, first));
   run.end = static_cast<int32_t>(std::min<int64_t>(tile.end, first + tile.span_len));
   return run;
@@ -301,22 +340,22 @@ void DecodeLaunch::RunItem(int64_t item_idx) const {
   }
 }
 
-void DecodeLaunch::AttendSpan(const SpanParams& span, SpanState* state) const {
+void DecodeLaunch::AttendSpan(const SpanParams& span, SpanState* states) const {
   const IsaKernels& kernels = runtime_.kernels;
   const bool is_exact = params_.dtype == DataType::kFloat32;
-  (is_exact ? kernels.attend_span : kernels.attend_span_for_halves)(span, state);
+  (is_exact ? kernels.attend_span : kernels.attend_span_for_halves)(span, states);
 }
 
 void DecodeLaunch::AttendAllSpans(const RowTile& tile, const ContextRun& after,
                                   SpanParams* span) const {
-  SpanState state, next;
+  SpanState states[kMaxSpanHeads], next[kMaxSpanHeads];
   for (int32_t span_idx = 0; span_idx < tile.num_spans; ++span_idx) {
     span->run = SpanRun(tile, span_idx);
     span->next = span_idx + 1 < tile.num_spans ? SpanRun(tile, span_idx + 1) : after;
-    AttendSpan(*span, span_idx == 0 ? &state : &next);
-    if (span_idx > 0) MergeRows(tile, next, &state);
+    AttendSpan(*span, span_idx == 0 ? states : next);
+    if (span_idx > 0) MergeSpans(tile, next, states);
   }
-  StoreRows(tile, state);
+  StoreSpan(tile, states);
 }
 
 // The thread that finishes a tile's last span merges them all.
@@ -324,10 +363,19 @@ void DecodeLaunch::AttendOneSpan(const DecodeItem& item, SpanParams* span) const
   const RowTile& tile = workspace_.tiles[item.tile_idx];
   SpanState* states = &workspace_.states[tile.first_state];
   span->run = SpanRun(tile, item.span_idx);
-  AttendSpan(*span, &states[item.span_idx]);
+  AttendSpan(*span, states + item.span_idx * tile.num_kv_heads);
   if (workspace_.num_spans_done[item.tile_idx].fetch_add(1) + 1 < tile.num_spans) return;
-  for (int32_t i = 1; i < tile.num_spans; ++i) MergeRows(tile, states[i], &states[0]);
-  StoreRows(tile, states[0]);
+  for (int32_t i = 1; i < tile.num_spans; ++i) {
+    MergeSpans(tile, states + i * tile.num_kv_heads, states);
+  }
+  StoreSpan(tile, states);
+}
+
+void DecodeLaunch::MergeSpans(const RowTile& tile, const SpanState* others,
+                              SpanState* states) const {
+  for (int32_t head_idx = 0; head_idx < tile.num_kv_heads; ++head_idx) {
+    MergeRows(tile, others[head_idx], &states[head_idx]);
+  }
 }
 
 void DecodeLaunch::MergeRows(const RowTile& tile, const SpanState& other, SpanState* state) const {
@@ -342,19 +390,25 @@ void DecodeLaunch::MergeRows(const RowTile& tile, const SpanState& other, SpanSt
   }
 }
 
-void DecodeLaunch::StoreRows(const RowTile& tile, const SpanState& state) const {
+void DecodeLaunch::StoreSpan(const RowTile& tile, const SpanState* states) const {
+  for (int32_t head_idx = 0; head_idx < tile.num_kv_heads; ++head_idx) {
+    for (int32_t row = 0; row < tile.num_rows; ++row) {
+      StoreRow(tile, OutRow(tile, head_idx, row), states[head_idx], row);
+    }
+  }
+}
+
+void DecodeLaunch::StoreRow(const RowTile& tile, int64_t out_row, const SpanState& state,
+                            int32_t row) const {
   const PagedInt8Cache& cache = params_.cache;
   const float* sinks = cache.options[params_.batch.layers[tile.entry]].sinks;
+  const float* sink = sinks == nullptr ? nullptr : sinks + out_row % cache.num_q_heads;
+  const SoftmaxState& softmax = state.softmax[row];
   const int64_t row_bytes = cache.head_dim * ElementBytes(params_.dtype);
-  for (int32_t row = 0; row < tile.num_rows; ++row) {
-    const SoftmaxState& softmax = state.softmax[row];
-    const int64_t out_row = OutRow(tile, row);
-    const float* sink = sinks == nullptr ? nullptr : sinks + out_row % cache.num_q_heads;
-    runtime_.kernels.store_row(params_.dtype, state.values + row * kMaxHeadDim,
-                               softmax.Normalize(sink), cache.head_dim,
-                               static_cast<char*>(params_.out) + out_row * row_bytes);
-    if (params_.lse != nullptr) params_.lse[out_row] = softmax.Lse();
-  }
+  runtime_.kernels.store_row(params_.dtype, state.values + row * kMaxHeadDim,
+                             softmax.Normalize(sink), cache.head_dim,
+                             static_cast<char*>(params_.out) + out_row * row_bytes);
+  if (params_.lse != nullptr) params_.lse[out_row] = softmax.Lse();
 }
 
 }  // namespace

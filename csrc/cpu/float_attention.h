@@ -253,7 +253,7 @@ void AttendSpanOf(const SpanParams& params, SpanState* state) {
   Tile tile;
   int position = RoundDown(params.run.begin, 16);
   while (position < params.run.end) {
-    LoadTile(params, position, &tile);
+    LoadTile(params, 0, position, &tile);
     ScoreTile<kNumRows>(params, &tile);
     SoftmaxTile(params, &tile, state);
     ValueTile<kNumRows>(*params.cache, tile, state);
@@ -261,13 +261,26 @@ void AttendSpanOf(const SpanParams& params, SpanState* state) {
   }
 }
 
-void AttendSpanInFloat(const SpanParams& params, SpanState* state) {
+// Rows of one kv head.
+inline void AttendHeadInFloat(const SpanParams& params, SpanState* state) {
   InitState(params.num_rows, params.cache->head_dim, state);
   constexpr void (*kByNumRows[])(const SpanParams&, SpanState*) = {
       AttendSpanOf<1>, AttendSpanOf<2>, AttendSpanOf<3>, AttendSpanOf<4>,
       AttendSpanOf<5>, AttendSpanOf<6>, AttendSpanOf<7>, AttendSpanOf<8>};
   kByNumRows[params.num_rows - 1](params, state);
   UnscaleValues(params.num_rows, params.cache->head_dim, state->values);
+}
+
+// One kv head after the other.
+void AttendSpanInFloat(const SpanParams& params, SpanState* states) {
+  for (int head_idx = 0; head_idx < params.run.num_kv_heads; ++head_idx) {
+    SpanParams head = params;
+    head.run.kv_head += head_idx;
+    head.run.num_kv_heads = 1;
+    head.q += head_idx * params.num_rows * kMaxHeadDim;
+    head.q_factors += head_idx * params.num_rows;
+    AttendHeadInFloat(head, &states[head_idx]);
+  }
 }
 
 }  // namespace

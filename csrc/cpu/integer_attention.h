@@ -50,13 +50,18 @@ struct RowSoftmax {
   float unit;
 };
 
-// What a span works with, besides its state.
-struct IntegerWork {
-  Tile tile;
+// What a span keeps of one kv head, besides its state.
+struct HeadWork {
   QueryRow queries[kMaxTileRows];
-  WeightRow weights[kMaxTileRows];
   RowSoftmax softmax[kMaxTileRows];
   bool has_fine_quads;
+};
+
+// What a span works with: a tile at a time, of one kv head after the other.
+struct IntegerWork {
+  Tile tile;
+  WeightRow weights[kMaxTileRows];
+  HeadWork heads[kMaxSpanHeads];
 };
 
 inline float LargestMagnitude(const float* row, int num_elements) {
@@ -182,23 +187,24 @@ inline bool NeedsFineScores(const PagedInt8Cache& cache, const Tile& tile, const
 // Fills the tile's scores, segment by segment: all blocks of rows take a segment while the nearest
 // cache holds it, and the first one prefetches.
 template <int kFirst, int kSecond, bool kIsFine>
-void ScoreTileInIntegers(const PagedInt8Cache& cache, IntegerWork* work) {
+void ScoreTileInIntegers(const PagedInt8Cache& cache, const QueryRow* queries, IntegerWork* work) {
   for (int s = 0; s < work->tile.num_segments; ++s) {
     const Segment& segment = work->tile.segments[s];
     float* scores = work->tile.scores + segment.tile_offset;
-    ScoreSegment<kFirst, kIsFine, true>(cache, segment, work->queries, scores);
+    ScoreSegment<kFirst, kIsFine, true>(cache, segment, queries, scores);
     if constexpr (kSecond > 0) {
-      ScoreSegment<kSecond, kIsFine, false>(cache, segment, work->queries + kFirst,
+      ScoreSegment<kSecond, kIsFine, false>(cache, segment, queries + kFirst,
                                             scores + kFirst * kTileTokens);
     }
   }
 }
 
-inline void RoundRestOfQueries(const SpanParams& params, IntegerWork* work) {
-  if (work->has_fine_quads) return;
-  work->has_fine_quads = true;
+// q: [num_rows, kMaxHeadDim] of the head.
+inline void RoundRestOfQueries(const SpanParams& params, const float* q, HeadWork* head) {
+  if (head->has_fine_quads) return;
+  head->has_fine_quads = true;
   for (int row = 0; row < params.num_rows; ++row) {
-    RoundRestOfQuery(params.q + row * kMaxHeadDim, params.cache->head_dim, &work->queries[row]);
+    RoundRestOfQuery(q + row * kMaxHeadDim, params.cache->head_dim, &head->queries[row]);
   }
 }
 
@@ -273,7 +279,8 @@ inline void RoundWeights(int num_tokens, const float* scores, WeightRow* weights
 // Turns the dot products of all rows into weights and moves their softmax: every row attends to all
 // of 64 tokens, and there is no soft cap. Step by step over the rows, so that one row's sums
 // across lanes overlap with the next row's work.
-inline void SoftmaxFullTile(const SpanParams& params, IntegerWork* work, SpanState* state) {
+inline void SoftmaxFullTile(const SpanParams& params, HeadWork* head, IntegerWork* work,
+                            SpanState* state) {
   const int num_rows = params.num_rows;
   float* scores = work->tile.scores;
   float max[kMaxTileRows];
@@ -281,12 +288,12 @@ inline void SoftmaxFullTile(const SpanParams& params, IntegerWork* work, SpanSta
     max[row] = ReduceMax(ScaleScores(work->tile, kTileTokens, scores + row * kTileTokens));
   }
   for (int row = 0; row < num_rows; ++row) {
-    RaiseMaxInIntegers(max[row], params.cache->head_dim, &work->softmax[row],
+    RaiseMaxInIntegers(max[row], params.cache->head_dim, &head->softmax[row],
                        state->values + row * kMaxHeadDim);
   }
   for (int row = 0; row < num_rows; ++row) {
     TakeWeightsInIntegers<false>(work->tile, kTileTokens, scores + row * kTileTokens,
-                                 &work->softmax[row], &work->weights[row]);
+                                 &head->softmax[row], &work->weights[row]);
   }
   for (int row = 0; row < num_rows; ++row) {
     RoundWeights(kTileTokens, scores + row * kTileTokens, &work->weights[row]);
@@ -294,26 +301,28 @@ inline void SoftmaxFullTile(const SpanParams& params, IntegerWork* work, SpanSta
 }
 
 // The same for one row of any tile.
-inline void SoftmaxRow(const SpanParams& params, int row, IntegerWork* work, float* values) {
+inline void SoftmaxRow(const SpanParams& params, int row, HeadWork* head, IntegerWork* work,
+                       float* values) {
   const Tile& tile = work->tile;
-  RowSoftmax* softmax = &work->softmax[row];
+  RowSoftmax* softmax = &head->softmax[row];
   float* scores = work->tile.scores + row * kTileTokens;
   ScaleScores(tile, tile.num_tokens, scores);
-  if (params.options->soft_cap > 0.0f) ApplyFactor(tile, work->queries[row].factor, scores);
+  if (params.options->soft_cap > 0.0f) ApplyFactor(tile, head->queries[row].factor, scores);
   const float max = ReduceMax(CapAndMask(params, tile, row, scores));
   RaiseMaxInIntegers(max, params.cache->head_dim, softmax, values);
   TakeWeightsInIntegers<true>(tile, tile.num_tokens, scores, softmax, &work->weights[row]);
   RoundWeights(tile.num_tokens, scores, &work->weights[row]);
 }
 
-inline void SoftmaxTileInIntegers(const SpanParams& params, IntegerWork* work, SpanState* state) {
+inline void SoftmaxTileInIntegers(const SpanParams& params, HeadWork* head, IntegerWork* work,
+                                  SpanState* state) {
   bool is_full = work->tile.num_tokens == kTileTokens && params.options->soft_cap <= 0.0f;
   for (int row = 0; row < params.num_rows; ++row) {
     is_full = is_full && AttendsToAll(params, work->tile, row);
   }
-  if (is_full) return SoftmaxFullTile(params, work, state);
+  if (is_full) return SoftmaxFullTile(params, head, work, state);
   for (int row = 0; row < params.num_rows; ++row) {
-    SoftmaxRow(params, row, work, state->values + row * kMaxHeadDim);
+    SoftmaxRow(params, row, head, work, state->values + row * kMaxHeadDim);
   }
 }
 
@@ -411,45 +420,71 @@ inline SoftmaxState InUnitsOfOne(const RowSoftmax& softmax) {
   return {bounded < -kLargestFloat ? -kLargestFloat : bounded, softmax.sum};
 }
 
-// Rows are worked on in one block, or in two of about the same size; the first one prefetches.
+// q: [num_rows, kMaxHeadDim], q_factors: [num_rows] of the head.
+inline void InitHead(const SpanParams& params, const float* q, const float* q_factors,
+                     HeadWork* head) {
+  head->has_fine_quads = false;
+  for (int row = 0; row < params.num_rows; ++row) {
+    QueryRow* query = &head->queries[row];
+    RoundQuery(q + row * kMaxHeadDim, params.cache->head_dim, q_factors[row], query);
+    const float unit = params.options->soft_cap > 0.0f ? 1.0f : query->factor;
+    head->softmax[row] = {kMinusInf, 0.0f, unit};
+  }
+}
+
+// Attends to work->tile with the rows of one kv head. They are worked on in one block, or in two of
+// about the same size.
 template <int kNumRows>
-void AttendSpanInIntegersOf(const SpanParams& params, SpanState* state) {
+void AttendTileInIntegers(const SpanParams& params, const float* q, HeadWork* head,
+                          IntegerWork* work, SpanState* state) {
   constexpr int kFirst = kNumRows <= kMaxBlockRows ? kNumRows : (kNumRows + 1) / 2;
   constexpr int kSecond = kNumRows - kFirst;
-  const int head_dim = params.cache->head_dim;
+  const PagedInt8Cache& cache = *params.cache;
+  if (NeedsFineScores(cache, work->tile, head->queries, kNumRows)) {
+    RoundRestOfQueries(params, q, head);
+    ScoreTileInIntegers<kFirst, kSecond, true>(cache, head->queries, work);
+  } else {
+    ScoreTileInIntegers<kFirst, kSecond, false>(cache, head->queries, work);
+  }
+  SoftmaxTileInIntegers(params, head, work, state);
+  ValueTileInIntegers<kFirst, kSecond>(cache, *work, state->values);
+}
+
+template <int kNumRows>
+void AttendSpanInIntegersOf(const SpanParams& params, SpanState* states) {
   IntegerWork work;
-  work.has_fine_quads = false;
-  Tile& tile = work.tile;
-  for (int row = 0; row < kNumRows; ++row) {
-    QueryRow* query = &work.queries[row];
-    RoundQuery(params.q + row * kMaxHeadDim, head_dim, params.q_factors[row], query);
-    const float unit = params.options->soft_cap > 0.0f ? 1.0f : query->factor;
-    work.softmax[row] = {kMinusInf, 0.0f, unit};
+  const int num_heads = params.run.num_kv_heads;
+  for (int h = 0; h < num_heads; ++h) {
+    const int row = h * kNumRows;
+    InitHead(params, params.q + row * kMaxHeadDim, params.q_factors + row, &work.heads[h]);
   }
   int position = RoundDown(params.run.begin, 16);
   while (position < params.run.end) {
-    LoadTile(params, position, &tile);
-    if (NeedsFineScores(*params.cache, tile, work.queries, kNumRows)) {
-      RoundRestOfQueries(params, &work);
-      ScoreTileInIntegers<kFirst, kSecond, true>(*params.cache, &work);
-    } else {
-      ScoreTileInIntegers<kFirst, kSecond, false>(*params.cache, &work);
+    for (int h = 0; h < num_heads; ++h) {
+      LoadTile(params, h, position, &work.tile);
+      AttendTileInIntegers<kNumRows>(params, params.q + h * kNumRows * kMaxHeadDim, &work.heads[h],
+                                     &work, &states[h]);
     }
-    SoftmaxTileInIntegers(params, &work, state);
-    ValueTileInIntegers<kFirst, kSecond>(*params.cache, work, state->values);
-    position += tile.num_tokens;
+    position += work.tile.num_tokens;
   }
-  for (int row = 0; row < kNumRows; ++row) state->softmax[row] = InUnitsOfOne(work.softmax[row]);
+  for (int h = 0; h < num_heads; ++h) {
+    for (int row = 0; row < kNumRows; ++row) {
+      states[h].softmax[row] = InUnitsOfOne(work.heads[h].softmax[row]);
+    }
+  }
 }
 
-void AttendSpanInIntegers(const SpanParams& params, SpanState* state) {
-  InitState(params.num_rows, params.cache->head_dim, state);
+void AttendSpanInIntegers(const SpanParams& params, SpanState* states) {
+  const int num_rows = params.num_rows, head_dim = params.cache->head_dim;
+  for (int h = 0; h < params.run.num_kv_heads; ++h) InitState(num_rows, head_dim, &states[h]);
   constexpr void (*kByNumRows[])(const SpanParams&, SpanState*) = {
       AttendSpanInIntegersOf<1>, AttendSpanInIntegersOf<2>, AttendSpanInIntegersOf<3>,
       AttendSpanInIntegersOf<4>, AttendSpanInIntegersOf<5>, AttendSpanInIntegersOf<6>,
       AttendSpanInIntegersOf<7>, AttendSpanInIntegersOf<8>};
-  kByNumRows[params.num_rows - 1](params, state);
-  UnscaleValues(params.num_rows, params.cache->head_dim, state->values);
+  kByNumRows[num_rows - 1](params, states);
+  for (int h = 0; h < params.run.num_kv_heads; ++h) {
+    UnscaleValues(num_rows, head_dim, states[h].values);
+  }
 }
 
 }  // namespace

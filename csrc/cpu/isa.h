@@ -19,28 +19,32 @@ inline constexpr int kMaxTileRows = 8;
 // Rows of q are padded with zeros to a multiple of this: whole vectors of what they are rounded to.
 inline constexpr int kQueryPadding = 64;
 
+// Neighbouring kv heads that a span walks together, so that memory is read in longer runs.
+inline constexpr int kMaxSpanHeads = 8;
+
 // Tokens whose scores are taken before the softmax state moves.
 inline constexpr int kTileTokens = 64;
 
-// A run of context that a thread reads, of one kv head.
+// A run of context that a thread reads, of some neighbouring kv heads.
 struct ContextRun {
   const PagedInt8Layer* layer;
   const int32_t* block_table;  // block ids of the context, from position 0
-  int32_t kv_head;
+  int32_t kv_head;             // the first one
+  int32_t num_kv_heads;
   int32_t begin;  // first position
   int32_t end;    // one past the last
 };
 
-// Some rows of one kv head over a run of context.
+// Some rows of each of a run's kv heads.
 struct SpanParams {
   const PagedInt8Cache* cache;
   const LayerOptions* options;
   ContextRun run;
   ContextRun next;                  // what the thread probably reads after it; may be empty
   int32_t kv_len;                   // valid tokens; nothing at or past it is used
-  int32_t num_rows;                 // 1 .. kMaxTileRows
-  const float* q;                   // [num_rows, kMaxHeadDim]
-  const float* q_factors;           // [num_rows] what each row of q is to be multiplied by
+  int32_t num_rows;                 // of each kv head: 1 .. kMaxTileRows
+  const float* q;                   // [num_kv_heads, num_rows, kMaxHeadDim]
+  const float* q_factors;           // [num_kv_heads, num_rows] what q is to be multiplied by
   int32_t row_begin[kMaxTileRows];  // [num_rows] row r attends to [row_begin[r], row_end[r])
   int32_t row_end[kMaxTileRows];
 };
@@ -76,7 +80,7 @@ struct RowGroup {
   bool is_streamed;     // codes go past the caches, to a tile aligned to lines
 };
 
-// What attention over a span leaves behind.
+// What attention over a span leaves behind for one kv head.
 struct SpanState {
   SoftmaxState softmax[kMaxTileRows];
   alignas(64) float values[kMaxTileRows * kMaxHeadDim];  // [num_rows, kMaxHeadDim] weighted sums
@@ -106,11 +110,12 @@ struct IsaKernels {
   // Makes streamed groups visible to the threads that this one tells of them.
   void (*finish_streams)();
 
-  // Attends over a span from a fresh state, within the error that FP32 outputs may have.
-  void (*attend_span)(const SpanParams& params, SpanState* state);
+  // Attends over a span from fresh states, [num_kv_heads], within the error that FP32 outputs may
+  // have.
+  void (*attend_span)(const SpanParams& params, SpanState* states);
 
   // The same within the error that FP16 and BF16 outputs may have.
-  void (*attend_span_for_halves)(const SpanParams& params, SpanState* state);
+  void (*attend_span_for_halves)(const SpanParams& params, SpanState* states);
 };
 
 // Each returns null on a machine that lacks the instruction set.

@@ -14,18 +14,20 @@
 
 namespace octavo::cpu {
 
-// Some rows of one kv head of one entry, and the context that they attend to.
+// Some rows of each of some neighbouring kv heads of one entry, and the context that they attend
+// to.
 struct RowTile {
   int32_t entry;
-  int32_t kv_head;
-  int32_t first_row;  // of the entry's num_tokens * group_size rows of this kv head
+  int32_t kv_head;  // the first one
+  int32_t num_kv_heads;
+  int32_t first_row;  // of the entry's num_tokens * group_size rows of each kv head
   int32_t num_rows;
   int32_t begin;     // first position that any of its rows attends to
   int32_t end;       // one past the last
   int32_t span_len;  // positions of a span, but for the first and the last one
   int32_t num_spans;
   bool is_shared;       // each span is an item of its own
-  int64_t first_state;  // of its spans' states, where shared
+  int64_t first_state;  // of its states, [num_spans, num_kv_heads], where shared
 };
 
 // A piece of work for one thread: all spans of a row tile, or one.
