@@ -48,7 +48,6 @@ struct Tile {
   int begin;  // position of its first token
   int num_tokens;
   int num_segments;
-  float largest_k_scale;  // magnitude, times sm_scale
   Segment segments[kTileTokens / kMinBlockSize];
   alignas(64) float k_scales[kTileTokens];               // times sm_scale; 0 past kv_len
   alignas(64) float v_scales[kTileTokens];               // times kValueFactor; 0 past kv_len
@@ -157,11 +156,6 @@ inline void LoadTile(const SpanParams& params, int head_idx, int begin, Tile* ti
     LoadScales(params, segment, tile);
     position = segment_end;
   }
-  Floats largest = Zero();
-  for (int i = 0; i < tile->num_tokens; i += kLanes) {
-    largest = Max(largest, Abs(Load(tile->k_scales + i)));
-  }
-  tile->largest_k_scale = ReduceMax(largest);
 }
 
 // Whether a row attends to every token of a tile.

@@ -1,10 +1,9 @@
 // Attention with integer dot products, for FP16 and BF16 inputs. Include after context_tile.h, in
 // an instruction set whose vocabulary has DotSums.
 //
-// Rows of q are rounded to 16 bits against their largest element, and a tile's weights against the
-// largest among them; products with codes are then summed without error. Where scores are so large
-// that 16 bits of q would show in them, what the rounding left is multiplied as well. Scores,
-// softmax and the sums over tiles are FP32.
+// Rows of q are rounded to 24 bits against their largest element (16, and 8 of what that leaves),
+// and a tile's weights to 16 bits against the largest among them; products with codes are then
+// summed without error. Scores, softmax and the sums over tiles are FP32.
 
 #ifndef OCTAVO_CPU_INTEGER_ATTENTION_H_
 #define OCTAVO_CPU_INTEGER_ATTENTION_H_
@@ -19,20 +18,13 @@ inline constexpr int kScoreVectorsInIntegers = 2;
 template <int kNumRows>
 inline constexpr int kValueVectorsInIntegers = kLanes == 16 && kNumRows <= 2 ? 4 : 2;
 
-// The error of scores, as it is to be expected, up to which 16 bits of q will do.
-inline constexpr float kCoarseError = 4.5e-5f;
-// That of a score with 16 bits of q, where factor and scale are 1 and head_dim is 1: rounding's
-// (1 / sqrt(12)) times that of codes (127 / 3 on normal data).
-inline constexpr float kErrorOfCoarseProduct = 12.2f;
-
 // A row of q as multipliers.
 struct QueryRow {
   alignas(64) Multiplier quads[kMaxHeadDim / kQuad];
   alignas(64) FineMultiplier fine_quads[kMaxHeadDim / kQuad];
   Multiplier sum_start;
   int32_t fine_sum_start;
-  float inverse;  // what q was multiplied by before it was rounded
-  float factor;   // what a dot product with codes is to be multiplied by
+  float factor;  // what a dot product with codes is to be multiplied by
 };
 
 // A row's weights in a tile as multipliers.
@@ -54,7 +46,6 @@ struct RowSoftmax {
 struct HeadWork {
   QueryRow queries[kMaxTileRows];
   RowSoftmax softmax[kMaxTileRows];
-  bool has_fine_quads;
 };
 
 // What a span works with: a tile at a time, of one kv head after the other.
@@ -70,34 +61,27 @@ inline float LargestMagnitude(const float* row, int num_elements) {
   return ReduceMax(largest);
 }
 
-// Rounds a row of q with its padding. One so small that the inverse of its
-// largest element is beyond FP32 counts as zero: none of its scores is above 2^-60.
+// Rounds a row of q with its padding. One so small that the inverse of its largest element is
+// beyond FP32 counts as zero.
 inline void RoundQuery(const float* row, int head_dim, float row_factor, QueryRow* query) {
   constexpr float kSmallest = 0x1p-100f;
   const int num_elements = RoundUp(head_dim, kQueryPadding);
   const float largest = LargestMagnitude(row, num_elements);
-  query->inverse = largest < kSmallest ? 0.0f : kMaxKeyMultiplier / largest;
-  query->factor = largest / kMaxKeyMultiplier * row_factor;
+  const Floats inverse = Broadcast(largest < kSmallest ? 0.0f : kMaxKeyMultiplier / largest);
   for (int d = 0; d < num_elements; d += kLanes) {
-    StoreKeyMultipliers(query->quads + d / kQuad, Mul(Load(row + d), Broadcast(query->inverse)));
-  }
-  query->sum_start = KeySumStart(query->quads, num_elements / kQuad);
-}
-
-// Rounds what that left of the row.
-inline void RoundRestOfQuery(const float* row, int head_dim, QueryRow* query) {
-  const int num_elements = RoundUp(head_dim, kQueryPadding);
-  for (int d = 0; d < num_elements; d += kLanes) {
-    const Floats numbers = Mul(Load(row + d), Broadcast(query->inverse));
+    const Floats numbers = Mul(Load(row + d), inverse);
+    StoreKeyMultipliers(query->quads + d / kQuad, numbers);
     StoreFineMultipliers(query->fine_quads + d / kQuad, numbers);
   }
+  query->sum_start = KeySumStart(query->quads, num_elements / kQuad);
   query->fine_sum_start = FineSumStart(query->fine_quads, num_elements / kQuad);
+  query->factor = largest / kMaxKeyMultiplier * row_factor;
 }
 
 // Dot products of kNumRows rows of q with kNumVectors vectors of slots.
 //
 // k: [head_dim / 4, stride / 4, 4] codes. scores: [kNumRows, kTileTokens].
-template <int kNumRows, int kNumVectors, bool kIsFine, bool kPrefetches>
+template <int kNumRows, int kNumVectors, bool kPrefetches>
 [[gnu::noinline]] void ScorePassInIntegers(const int8_t* k, int stride, const QueryRow* queries,
                                            int num_quads, const int8_t* next, float* scores) {
   constexpr int kStepBytes = kUnrolledQuads * kNumVectors * kQuadVectorBytes;
@@ -130,10 +114,8 @@ template <int kNumRows, int kNumVectors, bool kIsFine, bool kPrefetches>
 #pragma GCC unroll 4
         for (int i = 0; i < kNumVectors; ++i) {
           sums[row][i] = AddKeyProducts(sums[row][i], codes[i], x);
-          if constexpr (kIsFine) {
-            fine_sums[row][i] =
-                AddFineProducts(fine_sums[row][i], codes[i], queries[row].fine_quads[quad]);
-          }
+          fine_sums[row][i] =
+              AddFineProducts(fine_sums[row][i], codes[i], queries[row].fine_quads[quad]);
         }
       }
     }
@@ -142,17 +124,15 @@ template <int kNumRows, int kNumVectors, bool kIsFine, bool kPrefetches>
   for (int row = 0; row < kNumRows; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kNumVectors; ++i) {
-      Floats score = ToFloats(sums[row][i]);
-      if constexpr (kIsFine) {
-        score = Fma(FineToFloats(fine_sums[row][i]), Broadcast(1.0f / kFineUnits), score);
-      }
+      const Floats fine = FineToFloats(fine_sums[row][i]);
+      const Floats score = Fma(fine, Broadcast(1.0f / kFineUnits), ToFloats(sums[row][i]));
       Store(scores + row * kTileTokens + i * kLanes, score);
     }
   }
 }
 
 // Fills kNumRows rows of a segment's scores with q . k_codes, scales not yet applied.
-template <int kNumRows, bool kIsFine, bool kPrefetches>
+template <int kNumRows, bool kPrefetches>
 void ScoreSegment(const PagedInt8Cache& cache, const Segment& segment, const QueryRow* queries,
                   float* scores) {
   constexpr int kNumVectors = kScoreVectorsInIntegers;
@@ -160,51 +140,30 @@ void ScoreSegment(const PagedInt8Cache& cache, const Segment& segment, const Que
   const int stride = cache.block_size * kQuad;
   int slot = 0;
   for (; slot + kNumVectors * kLanes <= segment.num_slots; slot += kNumVectors * kLanes) {
-    ScorePassInIntegers<kNumRows, kNumVectors, kIsFine, kPrefetches>(
+    ScorePassInIntegers<kNumRows, kNumVectors, kPrefetches>(
         segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
         segment.next_k_codes + slot * head_dim, scores + slot);
   }
   if constexpr (kLanes == 16) {
     if (slot < segment.num_slots) {
-      ScorePassInIntegers<kNumRows, 1, kIsFine, kPrefetches>(
+      ScorePassInIntegers<kNumRows, 1, kPrefetches>(
           segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
           segment.next_k_codes + slot * head_dim, scores + slot);
     }
   }
 }
 
-// Whether 16 bits of q will not do for one of the rows.
-inline bool NeedsFineScores(const PagedInt8Cache& cache, const Tile& tile, const QueryRow* queries,
-                            int num_rows) {
-  float factor = 0.0f;
-  for (int row = 0; row < num_rows; ++row) {
-    factor = queries[row].factor > factor ? queries[row].factor : factor;
-  }
-  const float error = kErrorOfCoarseProduct * factor * tile.largest_k_scale;
-  return error * error * static_cast<float>(cache.head_dim) > kCoarseError * kCoarseError;
-}
-
 // Fills the tile's scores, segment by segment: all blocks of rows take a segment while the nearest
 // cache holds it, and the first one prefetches.
-template <int kFirst, int kSecond, bool kIsFine>
+template <int kFirst, int kSecond>
 void ScoreTileInIntegers(const PagedInt8Cache& cache, const QueryRow* queries, IntegerWork* work) {
   for (int s = 0; s < work->tile.num_segments; ++s) {
     const Segment& segment = work->tile.segments[s];
     float* scores = work->tile.scores + segment.tile_offset;
-    ScoreSegment<kFirst, kIsFine, true>(cache, segment, queries, scores);
+    ScoreSegment<kFirst, true>(cache, segment, queries, scores);
     if constexpr (kSecond > 0) {
-      ScoreSegment<kSecond, kIsFine, false>(cache, segment, queries + kFirst,
-                                            scores + kFirst * kTileTokens);
+      ScoreSegment<kSecond, false>(cache, segment, queries + kFirst, scores + kFirst * kTileTokens);
     }
-  }
-}
-
-// q: [num_rows, kMaxHeadDim] of the head.
-inline void RoundRestOfQueries(const SpanParams& params, const float* q, HeadWork* head) {
-  if (head->has_fine_quads) return;
-  head->has_fine_quads = true;
-  for (int row = 0; row < params.num_rows; ++row) {
-    RoundRestOfQuery(q + row * kMaxHeadDim, params.cache->head_dim, &head->queries[row]);
   }
 }
 
@@ -423,7 +382,6 @@ inline SoftmaxState InUnitsOfOne(const RowSoftmax& softmax) {
 // q: [num_rows, kMaxHeadDim], q_factors: [num_rows] of the head.
 inline void InitHead(const SpanParams& params, const float* q, const float* q_factors,
                      HeadWork* head) {
-  head->has_fine_quads = false;
   for (int row = 0; row < params.num_rows; ++row) {
     QueryRow* query = &head->queries[row];
     RoundQuery(q + row * kMaxHeadDim, params.cache->head_dim, q_factors[row], query);
@@ -435,17 +393,12 @@ inline void InitHead(const SpanParams& params, const float* q, const float* q_fa
 // Attends to work->tile with the rows of one kv head. They are worked on in one block, or in two of
 // about the same size.
 template <int kNumRows>
-void AttendTileInIntegers(const SpanParams& params, const float* q, HeadWork* head,
-                          IntegerWork* work, SpanState* state) {
+void AttendTileInIntegers(const SpanParams& params, HeadWork* head, IntegerWork* work,
+                          SpanState* state) {
   constexpr int kFirst = kNumRows <= kMaxBlockRows ? kNumRows : (kNumRows + 1) / 2;
   constexpr int kSecond = kNumRows - kFirst;
   const PagedInt8Cache& cache = *params.cache;
-  if (NeedsFineScores(cache, work->tile, head->queries, kNumRows)) {
-    RoundRestOfQueries(params, q, head);
-    ScoreTileInIntegers<kFirst, kSecond, true>(cache, head->queries, work);
-  } else {
-    ScoreTileInIntegers<kFirst, kSecond, false>(cache, head->queries, work);
-  }
+  ScoreTileInIntegers<kFirst, kSecond>(cache, head->queries, work);
   SoftmaxTileInIntegers(params, head, work, state);
   ValueTileInIntegers<kFirst, kSecond>(cache, *work, state->values);
 }
@@ -462,8 +415,7 @@ void AttendSpanInIntegersOf(const SpanParams& params, SpanState* states) {
   while (position < params.run.end) {
     for (int h = 0; h < num_heads; ++h) {
       LoadTile(params, h, position, &work.tile);
-      AttendTileInIntegers<kNumRows>(params, params.q + h * kNumRows * kMaxHeadDim, &work.heads[h],
-                                     &work, &states[h]);
+      AttendTileInIntegers<kNumRows>(params, &work.heads[h], &work, &states[h]);
     }
     position += work.tile.num_tokens;
   }

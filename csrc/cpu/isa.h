@@ -55,7 +55,6 @@ struct SoftmaxState {
   float max;
   float sum;
 
-  static SoftmaxState Init();
   // Takes in another state; returns the factors for this and the other's weighted values.
   void Merge(const SoftmaxState& other, float* own_factor, float* other_factor);
   // The factor that turns weighted values into the output, with `sink` (may be null) in the

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -41,10 +42,15 @@ void Zero(char* pool, size_t num_bytes, int num_threads) {
   const size_t num_shares = std::min<size_t>(most, num_threads);
   const size_t share = (num_bytes + num_shares - 1) / num_shares;
   std::vector<std::thread> helpers;
-  for (size_t first = share; first < num_bytes; first += share) {
-    helpers.emplace_back(std::memset, pool + first, 0, std::min(share, num_bytes - first));
+  size_t end = num_bytes;  // of what is left to this thread
+  try {
+    for (; end > share; end -= std::min(share, end - share)) {
+      const size_t first = end - std::min(share, end - share);
+      helpers.emplace_back(std::memset, pool + first, 0, end - first);
+    }
+  } catch (const std::system_error&) {  // no more threads to be had
   }
-  std::memset(pool, 0, std::min(share, num_bytes));
+  std::memset(pool, 0, end);
   for (std::thread& helper : helpers) helper.join();
 }
 

@@ -1,8 +1,8 @@
 // Rows in and out: conversion to and from FP32, and the quantiser's rounding. Include after a
 // simd_*.h and vector_math.h.
 //
-// head_dim is a multiple of 8, so only 16 lanes leave a remainder; it is done with the scalar
-// conversions, which round alike.
+// head_dim is a multiple of 8, so only 16 lanes leave a remainder; rows in and out do it with the
+// scalar conversions, which round alike.
 
 #ifndef OCTAVO_CPU_ROW_KERNELS_H_
 #define OCTAVO_CPU_ROW_KERNELS_H_

@@ -221,8 +221,9 @@ inline DotSums BroadcastSums(const Multiplier& start) {
   return {_mm512_set1_epi32(start.high), _mm512_set1_epi32(start.low)};
 }
 
-// What rounding to multipliers left of q, 8 bits more of it, in units of 1/256.
-inline constexpr float kFineUnits = 256.0f;
+// What rounding to multipliers left of q, 8 bits more of it, in units of 1/254: a rest of one half
+// is 127.
+inline constexpr float kFineUnits = 254.0f;
 using FineMultiplier = int32_t;  // bytes of the four numbers for a quad's codes
 using FineSums = __m512i;
 
@@ -233,7 +234,7 @@ inline FineSums AddFineProducts(FineSums sums, Codes codes, FineMultiplier x) {
 inline Floats FineToFloats(FineSums sums) { return _mm512_cvtepi32_ps(sums); }
 inline void StoreFineMultipliers(FineMultiplier* p, Floats x) {
   const __m512i rest = _mm512_cvtps_epi32(Mul(Sub(x, Round(x)), Broadcast(kFineUnits)));
-  const __m128i bytes = _mm512_cvtsepi32_epi8(rest);  // 128 becomes 127
+  const __m128i bytes = _mm512_cvtepi32_epi8(rest);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 inline int32_t FineSumStart(const FineMultiplier* x, int num_quads) {

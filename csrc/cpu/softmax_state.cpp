@@ -14,8 +14,6 @@ float WeightAgainst(float x, float max) { return x == -kInf ? 0.0f : std::exp(x 
 
 }  // namespace
 
-SoftmaxState SoftmaxState::Init() { return {-kInf, 0.0f}; }
-
 void SoftmaxState::Merge(const SoftmaxState& other, float* own_factor, float* other_factor) {
   const float merged_max = std::max(max, other.max);
   *own_factor = WeightAgainst(max, merged_max);

@@ -59,12 +59,19 @@ void BindCaller(int core) {
 
 ThreadPool::ThreadPool(int num_threads, std::vector<int> cores)
     : num_threads_(num_threads), cores_(std::move(cores)), owner_pid_(getpid()), gate_(kShut) {
-  for (int i = 1; i < num_threads; ++i) {
-    workers_->threads.emplace_back([this] { WorkerLoop(); });
-    const pthread_t thread = workers_->threads.back().native_handle();
-    pthread_setname_np(thread, "octavo-cpu");
-    if (!cores_.empty()) BindThread(thread, cores_[i]);
+  try {
+    for (int i = 1; i < num_threads; ++i) StartWorker(i);
+  } catch (...) {  // the system has no more threads
+    StopWorkers();
+    throw;
   }
+}
+
+void ThreadPool::StartWorker(int thread_idx) {
+  workers_->threads.emplace_back([this] { WorkerLoop(); });
+  const pthread_t thread = workers_->threads.back().native_handle();
+  pthread_setname_np(thread, "octavo-cpu");
+  if (!cores_.empty()) BindThread(thread, cores_[thread_idx]);
 }
 
 ThreadPool::~ThreadPool() {
@@ -72,6 +79,10 @@ ThreadPool::~ThreadPool() {
     static_cast<void>(workers_.release());
     return;
   }
+  StopWorkers();
+}
+
+void ThreadPool::StopWorkers() {
   is_stopping_ = true;
   {
     std::lock_guard<std::mutex> lock(workers_->sleep_mutex);

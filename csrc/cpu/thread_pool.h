@@ -48,6 +48,8 @@ class ThreadPool {
     int64_t num_items;
   };
 
+  void StartWorker(int thread_idx);
+  void StopWorkers();
   void Run(const Job& job, bool is_parallel);
   void Announce(int64_t num_items);
   void ClaimItems();

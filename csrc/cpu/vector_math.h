@@ -41,14 +41,16 @@ inline Floats ExpOfNonPositive(Floats x) {
   return Select(Less(x, Broadcast(kLowestExponent)), Zero(), exp);
 }
 
-// 2^x for x <= 0; 2^-126 for everything below. To 2e-7; coefficients by Remez' algorithm for the
-// relative error on [-1/2, 1/2].
+// 2^x for x <= 0; 0 below -126, the end of the normal range. To 2e-7; coefficients by Remez'
+// algorithm for the relative error on [-1/2, 1/2].
 inline Floats Exp2OfNonPositive(Floats x) {
   constexpr float kTerms[] = {1.3276471979e-3f, 9.6755413342e-3f, 5.5507132735e-2f,
                               2.4022119724e-1f, 6.9314696706e-1f, 1.0000000717f};
-  const Floats bounded = Max(x, Broadcast(-126.0f));
+  const Floats lowest = Broadcast(-126.0f);
+  const Floats bounded = Max(x, lowest);
   const Floats n = Round(bounded);
-  return ScaleByPowerOfTwo(Polynomial(kTerms, Sub(bounded, n)), n);
+  const Floats power = ScaleByPowerOfTwo(Polynomial(kTerms, Sub(bounded, n)), n);
+  return Select(Less(x, lowest), Zero(), power);
 }
 
 inline Floats Tanh(Floats x) {

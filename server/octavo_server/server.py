@@ -153,7 +153,7 @@ def run(config: ServerConfig) -> int:
     """
     alarm = _Alarm()
     server = Server(config, on_failure=alarm.ring)
-    # The pools are there, which torch's threads helped to zero; from here on they would be in the way of the backend's.
+    # The pools are there; from here on torch's threads would only be in the way of the backend's.
     torch.set_num_threads(1)
     alarm.watch_signals()
     port = server.start()

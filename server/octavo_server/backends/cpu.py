@@ -70,8 +70,8 @@ class CpuBackend:
         self._ops = _load_ops()
         try:
             self._runtime: int = self._ops.make_runtime(num_threads, isa or "", pin_threads)
-        except ValueError as error:
-            raise UnsupportedError(str(error)) from error
+        except (ValueError, RuntimeError) as error:  # no such threads, or no more of them
+            raise UnsupportedError(f"{num_threads} threads: {error}") from error
         weakref.finalize(self, self._ops.free_runtime, self._runtime).atexit = False
         self.num_threads: int = self._ops.runtime_threads(self._runtime)
         self.isa: str = self._ops.runtime_isa(self._runtime)

@@ -25,8 +25,8 @@ _CORES = os.sched_getaffinity(0)
 def on_first_core() -> Iterator[None]:
     """Bind this thread to the first core for a while.
 
-    A backend with pinned threads expects its caller there. Bound for good, this thread would share that core with a thread
-    of the peers, and those that it starts would be bound with it.
+    A backend with pinned threads expects its caller there. Bound for good, this thread would share that core with a
+    thread of the peers, and those that it starts would be bound with it.
     """
     os.sched_setaffinity(0, {min(_CORES)})
     try:
