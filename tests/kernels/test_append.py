@@ -210,7 +210,8 @@ def test_slots_in_any_order(backend: Backend, head_dim: int, order: str) -> None
     backend.int8_kv_append_paged(rig.cache, batch, inputs.k, inputs.v)
     kept = slots >= 0
     rig.oracle(0, 0).append(inputs.k[kept], inputs.v[kept])
-    for actual, expected in zip(rig.read(0, slots[kept]), rig.oracle(0, 0).stored(), strict=True):
+    stored: list[NDArray[Any]] = [*rig.read(0, slots[kept])]
+    for actual, expected in zip(stored, rig.oracle(0, 0).stored(), strict=True):
         np.testing.assert_array_equal(bits(actual), bits(expected))
     assert set(rig.poisoned_slots(0)) == {*range(128)} - {*slots[kept].tolist()}
 
