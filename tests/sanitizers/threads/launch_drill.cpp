@@ -47,7 +47,8 @@ Model::Model(bool is_deterministic) {
   for (size_t i = 0; i < kNumLayers; ++i) {
     int8_t* k_codes = &codes[2 * i * kNumSlots * kHeadDim];
     uint16_t* k_scales = &scales[2 * i * kNumSlots];
-    layers.push_back({k_codes, k_codes + kNumSlots * kHeadDim, k_scales, k_scales + kNumSlots});
+    int8_t* v_codes = k_codes + kBlockSize * kHeadDim;  // K and V of a kv head follow each other
+    layers.push_back({k_codes, v_codes, k_scales, k_scales + kNumSlots});
   }
   cache = {kNumLayers, kNumBlocks,       kNumQHeads,    kNumKvHeads,   kHeadDim,
            kBlockSize, is_deterministic, layers.data(), options.data()};
