@@ -1,10 +1,11 @@
 // Decode: plans a ragged batch into items for the threads, and puts their results together.
 //
 // The rows of a kv head (query token, query head of the group) are cut into tiles of up to 8, which
-// share each read of K and V. A tile attends to one run of context, cut into spans; each span ends
-// in a partial softmax state, and the states merge in span order, whoever computed them. In a
-// deterministic model the spans are 1024 positions each, so the answer depends on the entry and its
-// context alone; else one span does unless there are too few tiles for the threads.
+// share each read of K and V; of few rows, a tile has those of several kv heads. A tile attends to
+// one run of context, cut into spans; each span ends in partial softmax states, which merge in span
+// order, whoever computed them. In a deterministic model the spans are 1024 positions each, so the
+// answer depends on the entry and its context alone; else a tile is cut where it is a large part of
+// a thread's work.
 
 #include <algorithm>
 #include <atomic>
