@@ -1,31 +1,21 @@
 // Attention with integer dot products, for FP16 and BF16 inputs. Include after context_tile.h, in
 // an instruction set whose vocabulary has DotSums.
 //
-// Rows of q are rounded to 24 bits against their largest element (16, and 8 of what that leaves),
-// and a tile's weights to 16 bits against the largest among them; products with codes are then
-// summed without error. Scores, softmax and the sums over tiles are FP32.
+// A tile's weights are rounded to 16 bits against the largest among them; their products with V's
+// codes are then summed without error. Scores, softmax and the sums over tiles are FP32.
 
 #ifndef OCTAVO_CPU_INTEGER_ATTENTION_H_
 #define OCTAVO_CPU_INTEGER_ATTENTION_H_
 
 #include "context_tile.h"
+#include "integer_scores.h"
 
 namespace octavo::cpu {
 namespace {
 
 inline constexpr int kMaxBlockRows = 4;  // rows that keep their sums in registers together
-inline constexpr int kScoreVectorsInIntegers = 2;
 template <int kNumRows>
 inline constexpr int kValueVectorsInIntegers = kLanes == 16 && kNumRows <= 2 ? 4 : 2;
-
-// A row of q as multipliers.
-struct QueryRow {
-  alignas(64) Multiplier quads[kMaxHeadDim / kQuad];
-  alignas(64) FineMultiplier fine_quads[kMaxHeadDim / kQuad];
-  Multiplier sum_start;
-  int32_t fine_sum_start;
-  float factor;  // what a dot product with codes is to be multiplied by
-};
 
 // A row's weights in a tile as multipliers.
 struct WeightRow {
@@ -54,118 +44,6 @@ struct IntegerWork {
   WeightRow weights[kMaxTileRows];
   HeadWork heads[kMaxSpanHeads];
 };
-
-inline float LargestMagnitude(const float* row, int num_elements) {
-  Floats largest = Zero();
-  for (int i = 0; i < num_elements; i += kLanes) largest = Max(largest, Abs(Load(row + i)));
-  return ReduceMax(largest);
-}
-
-// Rounds a row of q with its padding. One so small that the inverse of its largest element is
-// beyond FP32 counts as zero.
-inline void RoundQuery(const float* row, int head_dim, float row_factor, QueryRow* query) {
-  constexpr float kSmallest = 0x1p-100f;
-  const int num_elements = RoundUp(head_dim, kQueryPadding);
-  const float largest = LargestMagnitude(row, num_elements);
-  const Floats inverse = Broadcast(largest < kSmallest ? 0.0f : kMaxKeyMultiplier / largest);
-  for (int d = 0; d < num_elements; d += kLanes) {
-    const Floats numbers = Mul(Load(row + d), inverse);
-    StoreKeyMultipliers(query->quads + d / kQuad, numbers);
-    StoreFineMultipliers(query->fine_quads + d / kQuad, numbers);
-  }
-  query->sum_start = KeySumStart(query->quads, num_elements / kQuad);
-  query->fine_sum_start = FineSumStart(query->fine_quads, num_elements / kQuad);
-  query->factor = largest / kMaxKeyMultiplier * row_factor;
-}
-
-// Dot products of kNumRows rows of q with kNumVectors vectors of slots.
-//
-// k: [head_dim / 4, stride / 4, 4] codes. scores: [kNumRows, kTileTokens].
-template <int kNumRows, int kNumVectors, bool kPrefetches>
-[[gnu::noinline]] void ScorePassInIntegers(const int8_t* k, int stride, const QueryRow* queries,
-                                           int num_quads, const int8_t* next, float* scores) {
-  constexpr int kStepBytes = kUnrolledQuads * kNumVectors * kQuadVectorBytes;
-  DotSums sums[kNumRows][kNumVectors];
-  FineSums fine_sums[kNumRows][kNumVectors];
-#pragma GCC unroll 4
-  for (int row = 0; row < kNumRows; ++row) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kNumVectors; ++i) {
-      sums[row][i] = BroadcastSums(queries[row].sum_start);
-      fine_sums[row][i] = BroadcastFineSums(queries[row].fine_sum_start);
-    }
-  }
-  for (int first_quad = 0; first_quad < num_quads; first_quad += kUnrolledQuads) {
-    if constexpr (kPrefetches) {
-      PrefetchLines<kStepBytes / kLineBytes>(next);
-      next += kStepBytes;
-    }
-#pragma GCC unroll 2
-    for (int quad = first_quad; quad < first_quad + kUnrolledQuads; ++quad) {
-      Codes codes[kNumVectors];
-#pragma GCC unroll 4
-      for (int i = 0; i < kNumVectors; ++i) {
-        codes[i] = KeyCodes(LoadQuads(k + i * kQuadVectorBytes));
-      }
-      k += stride;
-#pragma GCC unroll 4
-      for (int row = 0; row < kNumRows; ++row) {
-        const Multipliers x = BroadcastMultiplier(queries[row].quads[quad]);
-#pragma GCC unroll 4
-        for (int i = 0; i < kNumVectors; ++i) {
-          sums[row][i] = AddKeyProducts(sums[row][i], codes[i], x);
-          fine_sums[row][i] =
-              AddFineProducts(fine_sums[row][i], codes[i], queries[row].fine_quads[quad]);
-        }
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int row = 0; row < kNumRows; ++row) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kNumVectors; ++i) {
-      const Floats fine = FineToFloats(fine_sums[row][i]);
-      const Floats score = Fma(fine, Broadcast(1.0f / kFineUnits), ToFloats(sums[row][i]));
-      Store(scores + row * kTileTokens + i * kLanes, score);
-    }
-  }
-}
-
-// Fills kNumRows rows of a segment's scores with q . k_codes, scales not yet applied.
-template <int kNumRows, bool kPrefetches>
-void ScoreSegment(const PagedInt8Cache& cache, const Segment& segment, const QueryRow* queries,
-                  float* scores) {
-  constexpr int kNumVectors = kScoreVectorsInIntegers;
-  const int head_dim = cache.head_dim;
-  const int stride = cache.block_size * kQuad;
-  int slot = 0;
-  for (; slot + kNumVectors * kLanes <= segment.num_slots; slot += kNumVectors * kLanes) {
-    ScorePassInIntegers<kNumRows, kNumVectors, kPrefetches>(
-        segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
-        segment.next_k_codes + slot * head_dim, scores + slot);
-  }
-  if constexpr (kLanes == 16) {
-    if (slot < segment.num_slots) {
-      ScorePassInIntegers<kNumRows, 1, kPrefetches>(
-          segment.k_codes + slot * kQuad, stride, queries, head_dim / kQuad,
-          segment.next_k_codes + slot * head_dim, scores + slot);
-    }
-  }
-}
-
-// Fills the tile's scores, segment by segment: all blocks of rows take a segment while the nearest
-// cache holds it, and the first one prefetches.
-template <int kFirst, int kSecond>
-void ScoreTileInIntegers(const PagedInt8Cache& cache, const QueryRow* queries, IntegerWork* work) {
-  for (int s = 0; s < work->tile.num_segments; ++s) {
-    const Segment& segment = work->tile.segments[s];
-    float* scores = work->tile.scores + segment.tile_offset;
-    ScoreSegment<kFirst, true>(cache, segment, queries, scores);
-    if constexpr (kSecond > 0) {
-      ScoreSegment<kSecond, false>(cache, segment, queries + kFirst, scores + kFirst * kTileTokens);
-    }
-  }
-}
 
 // Turns a row of dot products into scores in the row's unit; returns the largest, by lane.
 inline Floats ScaleScores(const Tile& tile, int num_tokens, float* scores) {
@@ -317,10 +195,10 @@ template <int kNumRows, int kNumVectors, bool kIsHalf, bool kPrefetches>
       }
 #pragma GCC unroll 2
       for (int u = 0; u < kUnrolledQuads; ++u) {
-        Codes codes[kNumVectors];
+        ValueCodes codes[kNumVectors];
 #pragma GCC unroll 4
         for (int i = 0; i < kNumVectors; ++i) {
-          codes[i] = ValueCodes(LoadValueQuads<kIsHalf>(v[i]));
+          codes[i] = ToValueCodes(LoadValueQuads<kIsHalf>(v[i]));
           v[i] += stride;
         }
 #pragma GCC unroll 4
@@ -384,7 +262,7 @@ inline void InitHead(const SpanParams& params, const float* q, const float* q_fa
                      HeadWork* head) {
   for (int row = 0; row < params.num_rows; ++row) {
     QueryRow* query = &head->queries[row];
-    RoundQuery(q + row * kMaxHeadDim, params.cache->head_dim, q_factors[row], query);
+    SplitQuery(q + row * kMaxHeadDim, params.cache->head_dim, q_factors[row], query);
     const float unit = params.options->soft_cap > 0.0f ? 1.0f : query->factor;
     head->softmax[row] = {kMinusInf, 0.0f, unit};
   }
@@ -398,7 +276,7 @@ void AttendTileInIntegers(const SpanParams& params, HeadWork* head, IntegerWork*
   constexpr int kFirst = kNumRows <= kMaxBlockRows ? kNumRows : (kNumRows + 1) / 2;
   constexpr int kSecond = kNumRows - kFirst;
   const PagedInt8Cache& cache = *params.cache;
-  ScoreTileInIntegers<kFirst, kSecond>(cache, head->queries, work);
+  ScoreTileInIntegers<kFirst, kSecond>(cache, head->queries, &work->tile);
   SoftmaxTileInIntegers(params, head, work, state);
   ValueTileInIntegers<kFirst, kSecond>(cache, *work, state->values);
 }

@@ -16,7 +16,8 @@ namespace octavo::cpu {
 // Rows of one kv head (query token, query head of the group) that share each read of K and V.
 inline constexpr int kMaxTileRows = 8;
 
-// Rows of q are padded with zeros to a multiple of this: whole vectors of what they are rounded to.
+// Rows of q are padded with zeros to a multiple of this: whole vectors of what they are taken apart
+// to.
 inline constexpr int kQueryPadding = 64;
 
 // Neighbouring kv heads that a span walks together, so that memory is read in longer runs.

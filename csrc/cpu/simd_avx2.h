@@ -32,6 +32,7 @@ inline Floats CopySign(Floats magnitude, Floats sign) {
 inline Floats Round(Floats x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline Floats Floor(Floats x) { return _mm256_floor_ps(x); }
 // x * 2^n for a whole n, where neither is out of range.
 inline Floats ScaleByPowerOfTwo(Floats x, Floats n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
@@ -133,7 +134,7 @@ inline void StoreBfloat16s(uint16_t* p, Floats x) {
 //
 // A multiplier holds four numbers for the four codes of a quad: even.low, odd.low, even.high,
 // odd.high. Codes are widened to match, the even ones and the odd ones of a quad apart.
-inline constexpr float kMaxKeyMultiplier = 32767.0f;
+inline constexpr int kKeyMultiplierBits = 15;  // below the sign
 inline constexpr float kMaxWeightMultiplier = 32767.0f;
 
 struct Multiplier {
@@ -143,17 +144,19 @@ struct Multiplier {
 struct DotSums {
   __m256i sums;
 };
-struct Codes {
+struct WideCodes {
   __m256i even;
   __m256i odd;
 };
+using KeyCodes = WideCodes;
+using ValueCodes = WideCodes;
 
 inline DotSums NoSums() { return {_mm256_setzero_si256()}; }
-inline Codes WidenCodes(Quads quads) {
+inline WideCodes WidenCodes(Quads quads) {
   return {_mm256_srai_epi16(_mm256_slli_epi16(quads, 8), 8), _mm256_srai_epi16(quads, 8)};
 }
-inline Codes KeyCodes(Quads quads) { return WidenCodes(quads); }
-inline Codes ValueCodes(Quads quads) { return WidenCodes(quads); }
+inline KeyCodes ToKeyCodes(Quads quads) { return WidenCodes(quads); }
+inline ValueCodes ToValueCodes(Quads quads) { return WidenCodes(quads); }
 
 struct Multipliers {
   __m256i even;
@@ -162,15 +165,15 @@ struct Multipliers {
 inline Multipliers BroadcastMultiplier(const Multiplier& x) {
   return {_mm256_set1_epi32(x.even), _mm256_set1_epi32(x.odd)};
 }
-inline DotSums AddProducts(DotSums sums, const Codes& codes, const Multipliers& x) {
+inline DotSums AddProducts(DotSums sums, const WideCodes& codes, const Multipliers& x) {
   const __m256i even = _mm256_madd_epi16(codes.even, x.even);
   const __m256i odd = _mm256_madd_epi16(codes.odd, x.odd);
   return {_mm256_add_epi32(sums.sums, _mm256_add_epi32(even, odd))};
 }
-inline DotSums AddKeyProducts(DotSums sums, const Codes& codes, const Multipliers& x) {
+inline DotSums AddKeyProducts(DotSums sums, const WideCodes& codes, const Multipliers& x) {
   return AddProducts(sums, codes, x);
 }
-inline DotSums AddValueProducts(DotSums sums, const Codes& codes, const Multipliers& x) {
+inline DotSums AddValueProducts(DotSums sums, const WideCodes& codes, const Multipliers& x) {
   return AddProducts(sums, codes, x);
 }
 inline Floats ToFloats(DotSums sums) { return _mm256_cvtepi32_ps(sums.sums); }
@@ -183,6 +186,7 @@ inline void StoreMultipliers(Multiplier* p, Floats x) {
   const __m256i pairs = _mm256_permute4x64_epi64(_mm256_or_si256(low, high), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(pairs));
 }
+// Makes multipliers of whole numbers of 16 bits.
 inline void StoreKeyMultipliers(Multiplier* p, Floats x) { StoreMultipliers(p, x); }
 // Rounds numbers, those of a before those of b, to multipliers.
 inline void StoreWeightMultipliers(Multiplier* p, Floats a, Floats b) {
@@ -193,24 +197,32 @@ inline void StoreWeightMultipliers(Multiplier* p, Floats a, Floats b) {
   const __m256i multipliers = _mm256_shuffle_epi8(words, order);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(multipliers, 0xd8));
 }
-// What sums of products of keys with these multipliers start from, in every lane.
-inline Multiplier KeySumStart(const Multiplier*, int) { return {0, 0}; }
-inline DotSums BroadcastSums(const Multiplier&) { return NoSums(); }
+// What sums of products of keys with these multipliers start from.
+inline int32_t KeySumStart(const Multiplier*, int) { return 0; }
+inline DotSums StartSums(int32_t) { return NoSums(); }
 
-// What rounding to multipliers left of q, 14 bits more of it, in units of 2^-14.
+// What multipliers leave of q, 14 bits more of it.
 inline constexpr float kFineUnits = 16384.0f;
 using FineMultiplier = Multiplier;
 using FineSums = DotSums;
 
-inline FineSums AddFineProducts(FineSums sums, const Codes& codes, const FineMultiplier& x) {
-  return AddProducts(sums, codes, BroadcastMultiplier(x));
+inline FineSums NoFineSums() { return NoSums(); }
+inline FineSums AddFineProducts(FineSums sums, Quads codes, const FineMultiplier& x) {
+  return AddProducts(sums, WidenCodes(codes), BroadcastMultiplier(x));
 }
 inline Floats FineToFloats(FineSums sums) { return ToFloats(sums); }
-inline void StoreFineMultipliers(FineMultiplier* p, Floats x) {
-  StoreMultipliers(p, Mul(Sub(x, Round(x)), Broadcast(kFineUnits)));
+inline void StoreFineMultipliers(FineMultiplier* p, Floats x) { StoreMultipliers(p, x); }
+// Collects the multipliers of quads that have any; returns how many.
+inline int CollectNonZero(const FineMultiplier* dense, int num_quads, FineMultiplier* fine,
+                          int32_t* quads) {
+  int count = 0;
+  for (int quad = 0; quad < num_quads; ++quad) {
+    fine[count] = dense[quad];
+    quads[count] = quad;
+    count += (dense[quad].even | dense[quad].odd) != 0;
+  }
+  return count;
 }
-inline int32_t FineSumStart(const FineMultiplier*, int) { return 0; }
-inline FineSums BroadcastFineSums(int32_t) { return NoSums(); }
 
 // Any head_dim is whole vectors: nothing remains.
 inline void StoreRemainingQuads(int8_t* p, Quads x) { StoreQuads(p, x); }

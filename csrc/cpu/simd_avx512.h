@@ -33,6 +33,9 @@ inline Floats CopySign(Floats magnitude, Floats sign) {
 inline Floats Round(Floats x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline Floats Floor(Floats x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 // x * 2^n for a whole n.
 inline Floats ScaleByPowerOfTwo(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 
@@ -146,10 +149,10 @@ inline void StoreBfloat16s(uint16_t* p, Floats x) {
 // Dot products of codes with multipliers of 16 bits, by VNNI: four products of bytes are summed
 // into 32 bits. A multiplier's high and low bytes have sums of their own.
 //
-// VNNI multiplies signed bytes with unsigned ones. Weights are unsigned, and V's codes are used as
-// they are. The numbers of q are signed, so K's codes have 128 added, and what that adds to the
-// products is taken off where sums start.
-inline constexpr float kMaxKeyMultiplier = 127 * 256;
+// VNNI multiplies signed bytes with unsigned ones. Codes are signed, and so are the high bytes of
+// q's numbers: there K's codes have 128 added, and what that adds to the products is taken off
+// where sums start.
+inline constexpr int kKeyMultiplierBits = 15;  // below the sign
 inline constexpr float kMaxWeightMultiplier = 65535.0f;
 
 struct Multiplier {
@@ -160,23 +163,29 @@ struct DotSums {
   __m512i high;
   __m512i low;
 };
-using Codes = __m512i;
+struct KeyCodes {
+  __m512i codes;
+  __m512i codes_plus_128;
+};
+using ValueCodes = __m512i;
 struct Multipliers {
   __m512i high;
   __m512i low;
 };
 
 inline DotSums NoSums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-inline Codes KeyCodes(Quads quads) { return _mm512_xor_si512(quads, _mm512_set1_epi8(-128)); }
-inline Codes ValueCodes(Quads quads) { return quads; }
+inline KeyCodes ToKeyCodes(Quads quads) {
+  return {quads, _mm512_xor_si512(quads, _mm512_set1_epi8(-128))};
+}
+inline ValueCodes ToValueCodes(Quads quads) { return quads; }
 inline Multipliers BroadcastMultiplier(const Multiplier& x) {
   return {_mm512_set1_epi32(x.high), _mm512_set1_epi32(x.low)};
 }
-inline DotSums AddKeyProducts(DotSums sums, Codes codes, const Multipliers& x) {
-  return {_mm512_dpbusd_epi32(sums.high, codes, x.high),
-          _mm512_dpbusd_epi32(sums.low, codes, x.low)};
+inline DotSums AddKeyProducts(DotSums sums, const KeyCodes& k, const Multipliers& x) {
+  return {_mm512_dpbusd_epi32(sums.high, k.codes_plus_128, x.high),
+          _mm512_dpbusd_epi32(sums.low, x.low, k.codes)};
 }
-inline DotSums AddValueProducts(DotSums sums, Codes codes, const Multipliers& x) {
+inline DotSums AddValueProducts(DotSums sums, ValueCodes codes, const Multipliers& x) {
   return {_mm512_dpbusd_epi32(sums.high, x.high, codes),
           _mm512_dpbusd_epi32(sums.low, x.low, codes)};
 }
@@ -191,11 +200,10 @@ inline void StoreMultipliers(Multiplier* p, __m512i high, __m512i low) {
   _mm_storeu_si128(target, _mm_unpacklo_epi32(high_bytes, low_bytes));
   _mm_storeu_si128(target + 1, _mm_unpackhi_epi32(high_bytes, low_bytes));
 }
-// Rounds numbers to signed multipliers: number = high * 256 + low, both signed.
+// Makes multipliers of whole numbers of 16 bits: high is signed, low is not.
 inline void StoreKeyMultipliers(Multiplier* p, Floats x) {
   const __m512i numbers = _mm512_cvtps_epi32(x);
-  const __m512i rounding = _mm512_set1_epi32(128);
-  StoreMultipliers(p, _mm512_srai_epi32(_mm512_add_epi32(numbers, rounding), 8), numbers);
+  StoreMultipliers(p, _mm512_srai_epi32(numbers, 8), numbers);
 }
 // Rounds numbers, those of a before those of b, to unsigned multipliers.
 inline void StoreWeightMultipliers(Multiplier* p, Floats a, Floats b) {
@@ -208,43 +216,47 @@ inline void StoreWeightMultipliers(Multiplier* p, Floats a, Floats b) {
   _mm512_storeu_si512(p, _mm512_permutexvar_epi64(quads, multipliers));
 }
 
-// What sums of products of keys with these multipliers start from: less 128 times their numbers.
-inline Multiplier KeySumStart(const Multiplier* x, int num_quads) {
+// What sums of products of keys with the high bytes start from: less 128 times their numbers.
+inline int32_t KeySumStart(const Multiplier* x, int num_quads) {
   const __m512i offset = _mm512_set1_epi8(-128);  // 128, unsigned
   __m512i sums = _mm512_setzero_si512();          // of high bytes and of low ones in turn
   for (int quad = 0; quad < num_quads; quad += kLanes / 2) {
     sums = _mm512_dpbusd_epi32(sums, offset, _mm512_loadu_si512(x + quad));
   }
-  return {-_mm512_mask_reduce_add_epi32(0x5555, sums), -_mm512_mask_reduce_add_epi32(0xaaaa, sums)};
+  return -_mm512_mask_reduce_add_epi32(0x5555, sums);
 }
-inline DotSums BroadcastSums(const Multiplier& start) {
-  return {_mm512_set1_epi32(start.high), _mm512_set1_epi32(start.low)};
+inline DotSums StartSums(int32_t start) {
+  return {_mm512_set1_epi32(start), _mm512_setzero_si512()};
 }
 
-// What rounding to multipliers left of q, 8 bits more of it, in units of 1/254: a rest of one half
-// is 127.
-inline constexpr float kFineUnits = 254.0f;
-using FineMultiplier = int32_t;  // bytes of the four numbers for a quad's codes
+// What multipliers leave of q, 8 bits more of it.
+inline constexpr float kFineUnits = 256.0f;
+using FineMultiplier = int32_t;  // unsigned bytes of the four numbers for a quad's codes
 using FineSums = __m512i;
 
 inline FineSums NoFineSums() { return _mm512_setzero_si512(); }
-inline FineSums AddFineProducts(FineSums sums, Codes codes, FineMultiplier x) {
-  return _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(x));
+inline FineSums AddFineProducts(FineSums sums, Quads codes, FineMultiplier x) {
+  return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(x), codes);
 }
 inline Floats FineToFloats(FineSums sums) { return _mm512_cvtepi32_ps(sums); }
 inline void StoreFineMultipliers(FineMultiplier* p, Floats x) {
-  const __m512i rest = _mm512_cvtps_epi32(Mul(Sub(x, Round(x)), Broadcast(kFineUnits)));
-  const __m128i bytes = _mm512_cvtepi32_epi8(rest);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x)));
 }
-inline int32_t FineSumStart(const FineMultiplier* x, int num_quads) {
-  FineSums sums = NoFineSums();
+// Collects the multipliers of quads that have any; returns how many. num_quads is a multiple of 16.
+inline int CollectNonZero(const FineMultiplier* dense, int num_quads, FineMultiplier* fine,
+                          int32_t* quads) {
+  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int count = 0;
   for (int quad = 0; quad < num_quads; quad += kLanes) {
-    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(-128), _mm512_loadu_si512(x + quad));
+    const __m512i x = _mm512_loadu_si512(dense + quad);
+    const __mmask16 mask = _mm512_test_epi32_mask(x, x);
+    _mm512_storeu_si512(fine + count, _mm512_maskz_compress_epi32(mask, x));
+    _mm512_storeu_si512(quads + count, _mm512_maskz_compress_epi32(mask, index));
+    index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes));
+    count += __builtin_popcount(mask);
   }
-  return -_mm512_reduce_add_epi32(sums);
+  return count;
 }
-inline FineSums BroadcastFineSums(int32_t start) { return _mm512_set1_epi32(start); }
 
 // A running maximum of absolute values, taken on their bits so that NaN counts as large.
 using MaxBits = __m512i;

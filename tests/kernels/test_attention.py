@@ -274,6 +274,24 @@ def test_float16_answers_saturate(backend: Backend, largest: float, head_dim: in
     assert rig.query(entries, inputs.q).out.max() > 65504  # FP32 keeps it
 
 
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (72, 32), (128, 64)])
+def test_small_elements_of_q_count(
+    backend: Backend, head_dim: int, block_size: int, dtype: np.dtype[Any]
+) -> None:
+    """q's largest element, a thousand times the others, meets zeros: they make the scores."""
+    spec = make_spec(2, 4, head_dim, block_size=block_size, num_layers=1, sm_scale=(2.0,))
+    rig = Rig(backend, spec, num_blocks=48)
+    entries = [Entry(rig.open(230), 0, num_tokens) for num_tokens in (1, 40, 230)]
+    inputs = rig.draw(entries, dtype=dtype)
+    inputs.q[...] *= dtype.type(0.05)
+    inputs.q[..., 5], inputs.k[..., 5] = 50, 0
+    output = rig.step(entries, inputs)
+    assert output.lse is not None
+    exact = rig.exact(entries[2], inputs.q[41:], 0)
+    np.testing.assert_allclose(output.lse[41:], exact.lse, atol=1e-4)
+
+
 @pytest.mark.parametrize("gap", [50, 70, 80])
 @pytest.mark.parametrize("peak_idx", [0, 70, 199])
 def test_small_weights_count_where_large_ones_meet_zeros(
