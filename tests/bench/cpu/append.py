@@ -13,7 +13,7 @@ from octavo_client.oracle import quantize
 from tests.bench.contest import Contestant
 from tests.bench.cpu.draws import HalfArray, normal
 from tests.bench.cpu.memory import Memory, random_bytes
-from tests.bench.cpu.octavo import OCTAVO, Sessions
+from tests.bench.cpu.octavo import OCTAVO, Sessions, octavo_contestant
 from tests.bench.cpu.racers import copies_of, rotating
 from tests.bench.cpu.results import Entry, Row
 from tests.bench.cpu.setting import Setting
@@ -52,9 +52,8 @@ def _prompt() -> Pair:
 
 def _append(sessions: Sessions, prompts: Sequence[Pair]) -> Contestant:
     batches = [sessions.batch([one], 0, NUM_TOKENS, appends=True) for one in range(len(prompts))]
-    return rotating(
+    return octavo_contestant(
         OCTAVO,
-        "int8",
         LAUNCH_BYTES,
         len(prompts),
         lambda idx: sessions.append(batches[idx], *prompts[idx]),

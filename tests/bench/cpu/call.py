@@ -10,8 +10,8 @@ import numpy as np
 from octavo_server.backends.base import RaggedBatch
 from tests.bench.contest import Contestant
 from tests.bench.cpu.draws import Draw, HalfArray, draw_case, relative_error, worst_ratio
-from tests.bench.cpu.octavo import OCTAVO, Sessions
-from tests.bench.cpu.racers import copies_of, rotating
+from tests.bench.cpu.octavo import OCTAVO, Sessions, octavo_contestant
+from tests.bench.cpu.racers import copies_of
 from tests.bench.cpu.results import Entry, Row
 from tests.bench.cpu.setting import Setting
 from tests.bench.shapes import LLAMA, Case, Workload
@@ -85,7 +85,7 @@ def _calls(setting: Setting, draw: Draw) -> _Calls:
 
 def _contestants(calls: _Calls, launch_bytes: int) -> list[Contestant]:
     def contestant(name: str, call: Call, batches: Sequence[RaggedBatch]) -> Contestant:
-        return rotating(name, "int8", launch_bytes, len(batches), lambda idx: call(batches[idx]))
+        return octavo_contestant(name, launch_bytes, len(batches), lambda idx: call(batches[idx]))
 
     return [
         contestant(OCTAVO, calls.step, calls.full),

@@ -18,7 +18,7 @@ from tests.bench.cpu.draws import (
     relative_error,
     worst_ratio,
 )
-from tests.bench.cpu.octavo import OCTAVO, Sessions
+from tests.bench.cpu.octavo import OCTAVO, Sessions, octavo_contestant
 from tests.bench.cpu.racers import rotating
 from tests.bench.cpu.results import Entry, Row
 from tests.bench.cpu.setting import Setting
@@ -92,7 +92,7 @@ def _octavo(setting: Setting, tokens: Tokens) -> tuple[Contestant, HalfArray]:
     def step(_: int) -> HalfArray:
         return sessions.step(batch, tokens.q, new)
 
-    return rotating(OCTAVO, "int8", LENGTH * LLAMA.token_bytes, 1, step), step(0)
+    return octavo_contestant(OCTAVO, LENGTH * LLAMA.token_bytes, 1, step), step(0)
 
 
 def _sdpa(tokens: Tokens) -> Iterator[tuple[Contestant, torch.Tensor]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,27 +14,43 @@ from numpy.typing import NDArray
 from octavo_server.backends.base import NO_OFFENCE, RaggedBatch, alloc_paged_int8_cache
 from octavo_server.backends.cpu import CpuBackend
 from octavo_server.model import ModelSpec, default_sm_scale
+from tests.bench.contest import Contestant
 from tests.bench.cpu.draws import Draw, HalfArray
-from tests.bench.cpu.racers import Racer, copies_of, racer
+from tests.bench.cpu.racers import Racer, copies_of, rotating
 from tests.bench.shapes import Heads
 
 OCTAVO = "Octavo"
 
-_CORES = os.sched_getaffinity(0)
+Result = TypeVar("Result")
+
+_CALLER = ThreadPoolExecutor(1, "octavo-caller")
+_is_caller = threading.local()
 
 
-@contextmanager
-def on_first_core() -> Iterator[None]:
-    """Bind this thread to the first core for a while.
+def on_caller(run: Callable[[], Result]) -> Result:
+    """Run something on the thread that calls the backend, as the server's engine thread does.
 
-    A backend with pinned threads expects its caller there. Bound for good, this thread would share that core with a
-    thread of the peers, and those that it starts would be bound with it.
+    A backend with pinned threads binds its caller to the first core. The main thread is not to be bound: it would
+    share that core with a thread of the peers, and those that it starts would be bound with it.
     """
-    os.sched_setaffinity(0, {min(_CORES)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, _CORES)
+    if getattr(_is_caller, "here", False):
+        return run()
+
+    def here() -> Result:
+        _is_caller.here = True
+        return run()
+
+    return _CALLER.submit(here).result()
+
+
+def octavo_contestant(
+    name: str, launch_bytes: int, num_caches: int, run: Callable[[int], object]
+) -> Contestant:
+    """Return a rotating contestant all of whose launches of a sample are the caller's."""
+    contestant = rotating(name, "int8", launch_bytes, num_caches, run)
+    return replace(
+        contestant, launch=lambda first, count: on_caller(lambda: contestant.launch(first, count))
+    )
 
 
 class Sessions:
@@ -105,20 +123,17 @@ class Sessions:
 
     def append(self, batch: RaggedBatch, k: HalfArray, v: HalfArray) -> NDArray[np.int64]:
         """Append; returns offences."""
-        with on_first_core():
-            return self.backend.int8_kv_append_paged(self.cache, batch, k, v)
+        return on_caller(lambda: self.backend.int8_kv_append_paged(self.cache, batch, k, v))
 
     def attend(self, batch: RaggedBatch, q: HalfArray) -> HalfArray:
         """Attend; returns the answer."""
-        with on_first_core():
-            return self.backend.int8_paged_decode_attention(
-                self.cache, batch, q, return_lse=False
-            ).out
+        attend = self.backend.int8_paged_decode_attention
+        return on_caller(lambda: attend(self.cache, batch, q, return_lse=False)).out
 
     def step(self, batch: RaggedBatch, q: HalfArray, kv: tuple[HalfArray, HalfArray]) -> HalfArray:
         """Append and attend; returns the answer."""
-        with on_first_core():
-            out = self.backend.step(self.cache, batch, q, kv, return_lse=False).out
+        step = self.backend.step
+        out = on_caller(lambda: step(self.cache, batch, q, kv, return_lse=False)).out
         assert out is not None, "q was given"
         return out
 
@@ -136,13 +151,11 @@ def octavo_racer(backend: CpuBackend, draw: Draw, llc_bytes: int) -> Racer:
         sessions.fill(members, draw.k, draw.v)
         batches.append(sessions.batch(members, draw.length - 1, 1, appends=False))
 
-    return racer(
-        OCTAVO,
-        "int8",
-        case.cache_bytes,
-        num_caches,
-        lambda copy: sessions.attend(batches[copy], draw.q),
-    )
+    def attend(copy: int) -> HalfArray:
+        return sessions.attend(batches[copy], draw.q)
+
+    contestant = octavo_contestant(OCTAVO, case.cache_bytes, num_caches, attend)
+    return Racer(contestant, num_caches, attend)
 
 
 def _spec(heads: Heads, block_size: int, max_context: int) -> ModelSpec:

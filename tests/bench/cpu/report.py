@@ -13,8 +13,8 @@ PLOT_NAME = "cpu-context.svg"
 
 _METHOD = """\
 One token of each session, every contestant with the same number of threads over caches that hold the same tokens.
-Octavo's threads are bound to a core each (`pin_threads`); the others' are where their libraries and the system put
-them.
+Octavo's threads are bound to a core each (`pin_threads`), its caller with them, as in the server; the others' are where
+their libraries and the system put them.
 Answers are checked first: Octavo's against its bound, the others' against 3% of relative error. Then contestants are
 timed in turn, round by round, over copies of their caches, 12 times the last-level cache or 1 GiB, and the limit
 (pure reads by all threads, the best of several ways) is measured before and after each round. A round whose two limits
