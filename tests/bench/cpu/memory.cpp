@@ -4,6 +4,9 @@
 // next for it, so that an order which jumps costs no more than one that does not. The clock starts
 // once all threads are there and stops with the last of them.
 
+#include <pthread.h>
+#include <sched.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -75,20 +78,38 @@ uint64_t ReadShare(const char* data, size_t num_bytes, size_t thread, size_t num
   return total;
 }
 
+// Binds a thread to the idx-th of the cores that it may use, while this lives: two threads that
+// share a core measure nothing.
+class OnCoreOfItsOwn {
+ public:
+  explicit OnCoreOfItsOwn(size_t idx) {
+    pthread_getaffinity_np(pthread_self(), sizeof(before_), &before_);
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    for (int core = 0; core < CPU_SETSIZE; ++core) {
+      if (CPU_ISSET(core, &before_) && idx-- == 0) CPU_SET(core, &one);
+    }
+    pthread_setaffinity_np(pthread_self(), sizeof(one), &one);
+  }
+  ~OnCoreOfItsOwn() { pthread_setaffinity_np(pthread_self(), sizeof(before_), &before_); }
+
+ private:
+  cpu_set_t before_;
+};
+
 // Runs work(thread) in every thread, this one included; returns seconds.
 template <typename Work>
 double TimeTogether(size_t num_threads, const Work& work) {
   std::atomic<size_t> num_ready{0};
   const auto run = [&](size_t thread) {
+    const OnCoreOfItsOwn bound(thread);
     num_ready.fetch_add(1);
-    while (num_ready.load() < num_threads) {
-    }
+    while (num_ready.load() < num_threads) std::this_thread::yield();
     work(thread);
   };
   std::vector<std::thread> others;
   for (size_t thread = 1; thread < num_threads; ++thread) others.emplace_back(run, thread);
-  while (num_ready.load() + 1 < num_threads) {
-  }
+  while (num_ready.load() + 1 < num_threads) std::this_thread::yield();
   const auto start = std::chrono::steady_clock::now();
   run(0);
   for (std::thread& other : others) other.join();
