@@ -1,9 +1,10 @@
 // Scores with integer dot products: rows of q as integers, and their products with K's codes.
 // Include after context_tile.h, in an instruction set whose vocabulary has DotSums.
 //
-// Rows of q are taken to 24 bits below their largest power of two: 16 for all elements, and 8 more
-// for the quads where something is left. Of FP16 and BF16 numbers that is in small elements only,
-// so most quads need no third product. Products with codes are summed without error.
+// A row of q is multiplied by the power of two that makes its largest element a number of 15 bits
+// and a sign. What is left behind the point, rounded to 8 bits (14 with AVX2), has products of its
+// own, for the quads of dims where anything is left: of FP16 and BF16 numbers that is in small
+// elements only. Products with codes are summed without error.
 
 #ifndef OCTAVO_CPU_INTEGER_SCORES_H_
 #define OCTAVO_CPU_INTEGER_SCORES_H_
@@ -43,9 +44,10 @@ inline void SplitQuery(const float* row, int head_dim, float row_factor, QueryRo
   const Floats scale = Broadcast(counts ? __builtin_ldexpf(1.0f, shift) : 0.0f);
   alignas(64) FineMultiplier fine[kMaxHeadDim / kQuad];
   for (int d = 0; d < num_elements; d += kLanes) {
-    const Floats numbers = Mul(Load(row + d), scale), whole = Floor(numbers);
+    const Floats units = Round(Mul(Mul(Load(row + d), scale), Broadcast(kFineUnits)));
+    const Floats whole = Floor(Mul(units, Broadcast(1.0f / kFineUnits)));
     StoreKeyMultipliers(query->quads + d / kQuad, whole);
-    StoreFineMultipliers(fine + d / kQuad, Mul(Sub(numbers, whole), Broadcast(kFineUnits)));
+    StoreFineMultipliers(fine + d / kQuad, Fma(whole, Broadcast(-kFineUnits), units));
   }
   const int num_quads = num_elements / kQuad;
   query->num_fine = CollectNonZero(fine, num_quads, query->fine, query->fine_quads);

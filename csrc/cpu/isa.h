@@ -1,8 +1,8 @@
 // The kernels of one instruction set, as a table of functions, and the choice among them.
 //
-// The kernels (row_kernels.h, float_attention.h, integer_attention.h) are written once, against a
-// small vocabulary of vector operations (simd_*.h), and compiled once per instruction set
-// (isa_*.cpp).
+// The kernels (row_kernels.h, float_attention.h, integer_scores.h, integer_attention.h) are written
+// once, against a small vocabulary of vector operations (simd_*.h), and compiled once per
+// instruction set (isa_*.cpp).
 
 #ifndef OCTAVO_CPU_ISA_H_
 #define OCTAVO_CPU_ISA_H_

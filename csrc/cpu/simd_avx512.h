@@ -229,7 +229,7 @@ inline DotSums StartSums(int32_t start) {
   return {_mm512_set1_epi32(start), _mm512_setzero_si512()};
 }
 
-// What multipliers leave of q, 8 bits more of it.
+// What multipliers leave of q: 8 bits more of it, 0 .. 255.
 inline constexpr float kFineUnits = 256.0f;
 using FineMultiplier = int32_t;  // unsigned bytes of the four numbers for a quad's codes
 using FineSums = __m512i;
@@ -240,7 +240,7 @@ inline FineSums AddFineProducts(FineSums sums, Quads codes, FineMultiplier x) {
 }
 inline Floats FineToFloats(FineSums sums) { return _mm512_cvtepi32_ps(sums); }
 inline void StoreFineMultipliers(FineMultiplier* p, Floats x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 // Collects the multipliers of quads that have any; returns how many. num_quads is a multiple of 16.
 inline int CollectNonZero(const FineMultiplier* dense, int num_quads, FineMultiplier* fine,

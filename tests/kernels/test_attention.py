@@ -292,6 +292,19 @@ def test_small_elements_of_q_count(
     np.testing.assert_allclose(output.lse[41:], exact.lse, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("tiny", [-6e-8, 6e-8])
+def test_tiny_elements_of_q_stay_tiny(backend: Backend, tiny: float, dtype: np.dtype[Any]) -> None:
+    """All of q's elements but one, which meets zeros, are tiny of one sign: rounding must not add up."""
+    rig = Rig(backend, make_spec(1, 4, 256, block_size=16, num_layers=1), num_blocks=8)
+    entries = [Entry(rig.open(64), 0, 64)]
+    inputs = rig.draw(entries, dtype=dtype)
+    inputs.q[...] = tiny
+    inputs.k[...] = np.sign(inputs.k[..., :1]) * 100
+    inputs.q[..., 5], inputs.k[..., 5] = 50, 0
+    rig.step(entries, inputs)
+
+
 @pytest.mark.parametrize("gap", [50, 70, 80])
 @pytest.mark.parametrize("peak_idx", [0, 70, 199])
 def test_small_weights_count_where_large_ones_meet_zeros(
