@@ -28,7 +28,7 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo test test-asan test-tsan test-gpu bench-cpu bench-gpu lint format proto build wheel clean compiler-is-there
+.PHONY: help demo test test-asan test-tsan test-gpu bench-cpu bench-rpc bench-gpu lint format proto build wheel clean compiler-is-there
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ test-gpu:  ## Run the kernel tests on the GPU that is here, and the sanitizer ov
 
 bench-cpu: compiler-is-there $(BENCH_STAMP)  ## Benchmark the kernels on the CPU beside their peers; under 8 minutes.
 	$(BIN)/python -m tests.bench.cpu $(BENCH_ARGS)
+
+bench-rpc: compiler-is-there $(DEV_STAMP)  ## Benchmark the wire beside the floor of grpcio; under 8 minutes.
+	$(BIN)/python -m tests.bench.rpc $(BENCH_ARGS)
 
 bench-gpu:  ## Benchmark the kernels on the GPU that is here; under 8 minutes.
 	$(PYTHON) tests/bench/gpu.py --output build/bench-gpu.json $(BENCH_ARGS)

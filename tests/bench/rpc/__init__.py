@@ -1,0 +1,1 @@
+"""What a step costs on the wire: `python -m tests.bench.rpc`."""

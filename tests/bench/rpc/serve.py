@@ -1,0 +1,151 @@
+"""The servers that are measured, each in a process of its own, and the handle on such a process.
+
+    python -m tests.bench.rpc.serve KIND
+
+prints {"port": N}; then it answers each line on stdin with what it used and counted so far, and ends with stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_args
+from unittest import mock
+
+from octavo_server import server as server_module
+from octavo_server.backends.base import Backend
+from octavo_server.config import ModelConfig, ServerConfig
+from octavo_server.model import ModelSpec, default_sm_scale
+from octavo_server.server import Server
+from tests.bench.rpc.echo import MAX_MESSAGE_BYTES, serve_asyncio, serve_sync
+from tests.bench.rpc.kinds import Kind
+from tests.bench.rpc.null_backend import CountingBackend, NullBackend
+from tests.bench.shapes import LLAMA
+
+MODEL = "llama"
+ADDRESS = "127.0.0.1:0"
+MAX_STREAMS = 128
+MAX_SESSIONS = 20_000
+MAX_CONTEXT = 1 << 20
+NULL_BLOCKS = 1 << 19
+"""Of a pool that takes no memory."""
+
+CPU_BLOCKS = 64 * 4608 // 32
+"""64 sessions of 4,096 tokens, and room for the steps."""
+
+
+class Usage(NamedTuple):
+    """What a server process used and counted since its start."""
+
+    cpu_s: float
+    num_launches: int
+    num_entries: int
+
+
+class Process:
+    """A running server."""
+
+    def __init__(self, kind: Kind) -> None:
+        command = [sys.executable, "-m", "tests.bench.rpc.serve", kind]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.target = f"127.0.0.1:{self._read()['port']}"
+
+    def usage(self) -> Usage:
+        """Return what the process used so far."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("usage\n")
+        self._process.stdin.flush()
+        return Usage(**self._read())
+
+    def stop(self) -> None:
+        """End the process."""
+        with self._process as process:  # closes its pipes and waits for it
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("a server of the benchmark ended at once; its error is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@contextmanager
+def serving(kind: Kind) -> Iterator[Process]:
+    """Run a server for a while."""
+    process = Process(kind)
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    kind = sys.argv[1]
+    assert kind in get_args(Kind), f"KIND is one of {get_args(Kind)}"
+    backend = CountingBackend(NullBackend())
+    if kind == "echo-asyncio":
+        threading.Thread(
+            target=serve_asyncio, args=(ADDRESS, lambda port: _say(port=port)), daemon=True
+        ).start()
+    elif kind == "echo":
+        _server, port = serve_sync(ADDRESS, MAX_STREAMS)
+        _say(port=port)
+    else:
+        if kind == "octavo-cpu":
+            backend = CountingBackend(_cpu_backend())
+        _say(port=_serve_octavo(backend))
+    for _ in sys.stdin:
+        usage = Usage(time.process_time(), backend.num_launches, backend.num_entries)
+        _say(**usage._asdict())
+
+
+def _cpu_backend() -> Backend:
+    from octavo_server.backends.cpu import CpuBackend  # noqa: PLC0415
+
+    return CpuBackend()
+
+
+def _serve_octavo(backend: CountingBackend) -> int:
+    is_null = backend.name == "null"
+    spec = ModelSpec(
+        name=MODEL,
+        num_layers=1,
+        num_q_heads=LLAMA.num_q_heads,
+        num_kv_heads=LLAMA.num_kv_heads,
+        head_dim=LLAMA.head_dim,
+        block_size=32,
+        max_context=MAX_CONTEXT,
+        sm_scale=(default_sm_scale(LLAMA.head_dim),),
+        window=(0,),
+        soft_cap=(0.0,),
+    )
+    config = ServerConfig(
+        port=0,
+        max_sessions=MAX_SESSIONS,
+        max_streams=MAX_STREAMS,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+        models=(ModelConfig(spec, num_blocks=NULL_BLOCKS if is_null else CPU_BLOCKS),),
+    )
+    # The server's own way to a backend, with this one at its end.
+    with mock.patch.object(server_module, "create_backend", return_value=backend):
+        server = Server(config)
+    return server.start()
+
+
+def _say(**facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

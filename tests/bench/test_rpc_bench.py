@@ -1,0 +1,93 @@
+"""The wire's benchmark: its contestants do what they say, and its goals judge what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.bench.goals import Goal
+from tests.bench.rpc.__main__ import figures_table, goals
+from tests.bench.rpc.figures import (
+    ECHO,
+    ECHO_ASYNCIO,
+    FEW,
+    MANY,
+    OCTAVO,
+    OCTAVO_CPU,
+    Rig,
+    Row,
+    batching,
+    latency,
+    rig,
+    throughput,
+    upload,
+    with_attention,
+)
+from tests.bench.rpc.streams import step_bytes
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Rig]:
+    """Return all servers, measured as briefly as can be."""
+    with rig(is_quick=True) as quick:
+        quick.num_rounds, quick.num_calls, quick.seconds = 2, 10, 0.05
+        yield quick
+
+
+@pytest.mark.parametrize("num_sessions", [1, 64])
+def test_every_contestant_has_a_figure_each_round(servers: Rig, num_sessions: int) -> None:
+    for row in latency(servers, num_sessions):
+        assert set(row.rounds) == {ECHO, ECHO_ASYNCIO, OCTAVO}
+        assert all(len(samples) == 2 for samples in row.rounds.values())
+        assert all(sample > 0 for samples in row.rounds.values() for sample in samples)
+
+
+def test_rates_of_several_streams_and_of_an_upload(servers: Rig) -> None:
+    for row in (throughput(servers, 2), upload(servers)):
+        assert all(sample > 0 for samples in row.rounds.values() for sample in samples)
+
+
+def test_steps_with_attention_and_launches_are_counted(servers: Rig) -> None:
+    assert len(with_attention(servers, 1, 64).rounds[OCTAVO_CPU]) == 2
+    launches = batching(servers).rounds[OCTAVO_CPU]
+    assert all(0 < share <= 1 for share in launches)
+
+
+def test_a_step_has_the_bytes_that_the_echo_sends() -> None:
+    assert step_bytes(1) == (12_288, 8_192)
+    assert step_bytes(64) == (786_432, 524_288)
+
+
+def rows(*, slow: float) -> list[Row]:
+    """Return made-up figures: Octavo takes `slow` times as long as the better echo."""
+    labels = [
+        *(f"one stream, 1 session a step, {p}" for p in ("p50", "p99")),
+        *(f"one stream, 64 sessions a step, {p}" for p in ("p50", "p99")),
+    ]
+    times = {ECHO: [100.0, 220.0], ECHO_ASYNCIO: [110.0, 200.0], OCTAVO: [100 * slow, 200 * slow]}
+    rates = {name: [1e4 / value for value in values] for name, values in times.items()}
+    return [
+        *(Row(label, "us", times) for label in labels),
+        Row("8 streams of one session", "steps/s", rates),
+        Row("upload of a prompt of 8,192 tokens", "GB/s", rates),
+        Row("server CPU time of a step of 64 sessions", "us", {FEW: [10.0], MANY: [10 * slow]}),
+        Row("launches a step, of many", "launches", {OCTAVO_CPU: [slow / 11]}),
+    ]
+
+
+def verdicts(slow: float) -> list[str]:
+    """Return the verdicts on made-up figures, without those on what is not built."""
+    found: list[Goal] = goals(rows(slow=slow))
+    return [goal.verdict for goal in found if goal.verdict != "not measured"]
+
+
+def test_goals_are_judged_against_the_better_echo_of_each_round() -> None:
+    assert set(verdicts(1.0)) == {"met"}
+    assert set(verdicts(2.0)) == {"missed"}
+    assert len(verdicts(1.0)) == 7
+
+
+def test_the_table_has_a_line_for_each_contestant() -> None:
+    lines = figures_table(rows(slow=1.0))
+    assert len(lines) == 1 + sum(len(row.rounds) for row in rows(slow=1.0))
