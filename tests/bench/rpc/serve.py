@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 from unittest import mock
 
 from octavo_server import server as server_module
@@ -23,9 +23,10 @@ from octavo_server.config import ModelConfig, ServerConfig
 from octavo_server.model import ModelSpec, default_sm_scale
 from octavo_server.server import Server
 from tests.bench.rpc.echo import MAX_MESSAGE_BYTES, serve_asyncio, serve_sync
-from tests.bench.rpc.kinds import Kind
 from tests.bench.rpc.null_backend import CountingBackend, NullBackend
 from tests.bench.shapes import LLAMA
+
+Kind = Literal["echo", "echo-asyncio", "octavo-null", "octavo-cpu"]
 
 MODEL = "llama"
 ADDRESS = "127.0.0.1:0"
