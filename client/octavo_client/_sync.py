@@ -12,6 +12,7 @@ import grpc
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _retry
 from octavo_client._append import AppendPlan, Progress
+from octavo_client._call import open_call
 from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
 from octavo_client._config import Retry, Timeout
 from octavo_client._errors import MessageTooLarge
@@ -19,7 +20,7 @@ from octavo_client._mirror import Mirror
 from octavo_client._retry import Attempts, CallRule
 from octavo_client._session import Session
 from octavo_client._status import error_from_rpc
-from octavo_client._steps import Placement, draft_step
+from octavo_client._steps import Draft, Placement, draft_step
 from octavo_client._stream import DecodeStream
 from octavo_client._types import (
     BatchResult,
@@ -55,8 +56,9 @@ class Client:
         options = channel_options(self._timeout, self._retry)
         self._channel = grpc.insecure_channel(target, options)
         self._append_rpc = self._channel.stream_unary(*APPEND_RPC)
-        self._decode_rpc = self._channel.stream_stream(*DECODE_RPC)
-        self._stream = DecodeStream(self._decode_rpc, self._retry, self._forget_info)
+        self._stream = DecodeStream(
+            lambda: open_call(self._channel, DECODE_RPC[0]), self._retry, self._forget_info
+        )
         self._info: ServerInfo | None = None
 
     def __enter__(self) -> Self:
@@ -123,7 +125,8 @@ class Client:
         **options: Unpack[StepOptions],
     ) -> BatchResult:
         """Run one step for several sessions or layers and wait for its answer; see submit_batch."""
-        return self.submit_batch(entries, q, k, v, **options).result()
+        result: BatchResult = self._run(entries, (q, k, v), options, is_single=False)
+        return result
 
     def submit_batch(
         self,
@@ -161,6 +164,24 @@ class Client:
         *,
         is_single: bool,
     ) -> Future[Any]:
+        return self._stream.submit(self._draft(entries, tensors, options), is_single=is_single)
+
+    def _run(
+        self,
+        entries: Sequence[Entry],
+        tensors: tuple[Any, Any | None, Any | None],
+        options: StepOptions,
+        *,
+        is_single: bool,
+    ) -> Any:
+        return self._stream.run(self._draft(entries, tensors, options), is_single=is_single)
+
+    def _draft(
+        self,
+        entries: Sequence[Entry],
+        tensors: tuple[Any, Any | None, Any | None],
+        options: StepOptions,
+    ) -> Draft:
         draft = draft_step(
             [self._placement(entry) for entry in entries],
             tensors,
@@ -170,7 +191,7 @@ class Client:
         )
         for mirror in draft.stale:
             self._refresh(mirror)
-        return self._stream.submit(draft, is_single=is_single)
+        return draft
 
     def _placement(self, entry: Entry) -> Placement:
         if entry.session._client is not self:

@@ -41,6 +41,15 @@ def parse(message_type: type[AnyMessage], data: bytes) -> AnyMessage:
         raise mismatch(Reason.MALFORMED_MESSAGE, "message", expected, actual) from None
 
 
+def parse_step(data: bytes) -> v1.Step:
+    """Parse the step of a DecodeRequest.
+
+    Raises:
+        OctavoError: MALFORMED_MESSAGE.
+    """
+    return parse(v1.DecodeRequest, data).step
+
+
 def read_tensor(field: str, tensor: v1.Tensor) -> HostArray:
     """Return a tensor as a read-only array of 3 axes, over the one copy of its bytes that protobuf makes.
 
@@ -85,10 +94,10 @@ def read_step(step: v1.Step) -> StepRequest:
         name: read_tensor(name, getattr(step, name)) for name in "qkv" if step.HasField(name)
     }
     return StepRequest(
-        handles=step.session_handles,
-        layers=step.layers,
-        start_pos=step.start_pos,
-        num_tokens=step.num_tokens,
+        handles=list(step.session_handles),
+        layers=list(step.layers),
+        start_pos=list(step.start_pos),
+        num_tokens=list(step.num_tokens),
         step_key=step.step_key,
         timeout_ms=step.timeout_ms,
         return_lse=step.return_lse,
@@ -112,6 +121,13 @@ def read_append(message: v1.AppendRequest) -> StepRequest:
         k=read_tensor("k", message.k),
         v=read_tensor("v", message.v),
     )
+
+
+def encode_answer(step_id: int, answer: StepAnswer) -> bytes:
+    """Return a DecodeResponse."""
+    response = v1.DecodeResponse()
+    write_answer(response.result, step_id, answer)
+    return response.SerializeToString()
 
 
 def write_answer(result: v1.StepResult, step_id: int, answer: StepAnswer) -> None:
