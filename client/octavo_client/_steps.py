@@ -12,7 +12,7 @@ import numpy as np
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _tensors
 from octavo_client._config import check_seconds
-from octavo_client._encoding import encode_decode, encode_tensors
+from octavo_client._encoding import Result, encode_decode, encode_tensors
 from octavo_client._errors import (
     ClientClosed,
     OctavoError,
@@ -104,13 +104,13 @@ class Draft:
         self.sent_bytes = len(message)
         return message
 
-    def read(self, result: pb.StepResult) -> BatchResult:
+    def read(self, result: Result) -> BatchResult:
         """Return a step's answer as the caller's kind of array, and note what is stored.
 
         Raises:
             OctavoError: The server's answer makes no sense.
         """
-        errors = {e.entry_idx: error_from_status(e.error) for e in result.entry_errors}
+        errors = {e.entry_idx: error_from_status(e.error) for e in result.head.entry_errors}
         self._settle(errors)
         return BatchResult(*self._arrays(result), errors, self._slices())
 
@@ -145,10 +145,10 @@ class Draft:
             end = starts[entry_idx] + placement.num_tokens
             placement.mirror.settle(placement.layer, end, errors.get(entry_idx))
 
-    def _arrays(self, result: pb.StepResult) -> tuple[Any, Any | None]:
+    def _arrays(self, result: Result) -> tuple[Any, Any | None]:
         try:
             out = _tensors.from_wire(result.out)
-            lse = _tensors.from_wire(result.lse) if result.HasField("lse") else None
+            lse = None if result.lse is None else _tensors.from_wire(result.lse)
         except ValueError as error:
             raise OctavoError(f"the server's answer makes no sense: {error}") from error
         return self.to_caller(out), None if lse is None else self.to_caller(lse)

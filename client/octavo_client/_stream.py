@@ -16,9 +16,9 @@ from typing import Any
 
 import grpc
 
-from octavo.v1 import octavo_pb2 as pb
 from octavo_client._call import DecodeCall
 from octavo_client._config import Retry
+from octavo_client._encoding import Result, parse_response
 from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
 from octavo_client._exchange import Exchange, Job, Outcome, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
@@ -238,7 +238,7 @@ class DecodeStream:
         """Read a stream until it need not be read any more; return why it ended, if it did."""
         try:
             while not is_done():
-                if self._on_result(pb.DecodeResponse.FromString(next(call)).result):
+                if self._on_result(parse_response(next(call))):
                     break
             else:
                 return None
@@ -259,7 +259,7 @@ class DecodeStream:
             call.cancel()
         return call
 
-    def _on_result(self, result: pb.StepResult) -> bool:
+    def _on_result(self, result: Result) -> bool:
         """Take a result; return whether it is time for another stream."""
         with self._lock:
             outcomes, to_send, is_drained = self._exchange.on_result(result, time.monotonic())

@@ -108,13 +108,13 @@ class StepStream:
         """Submit a step; returns whether its answer comes to `_own_answers`, else to `_answers`."""
         step_id, answers = 0, self._own_answers
         try:
-            step = codec.parse_step(data)
+            step, tensors = codec.parse_step(data)
             step_id, is_awaited = step.step_id, step.waits_for_answer
             if not is_awaited:
                 answers = self._answers
                 self._ensure_sender()
             self._engine.submit(
-                codec.read_step(step),
+                codec.read_step(step, tensors),
                 lambda answer: answers.put((step_id, answer)),
                 lambda: self._is_over,
                 arrived_at,
@@ -148,7 +148,7 @@ class StepStream:
                 self._send(*item)
 
     def _send(self, step_id: int, answer: StepAnswer) -> None:
-        response = codec.encode_answer(step_id, answer)
+        response = codec.encode_response(step_id, answer)
         with self._is_sending:
             self._respond(response)
         self._slots.release()
