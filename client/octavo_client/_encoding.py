@@ -37,6 +37,8 @@ def parse_response(message: bytes) -> Result:
     Raises:
         DecodeError: It is none.
     """
+    if len(message) < tensor_fields.WORTH_CUTTING_BYTES:
+        return result_of(pb.DecodeResponse.FromString(message).result)
     try:
         span = tensor_fields.only_field(message, pb.DecodeResponse.RESULT_FIELD_NUMBER)
         rest, tensors = tensor_fields.cut_tensors(message, _RESULT_TENSORS, span)

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from octavo import v1
 from octavo.v1.tensor_fields import (
+    WORTH_CUTTING_BYTES,
     TensorField,
     cut_tensors,
     encode_field,
@@ -68,13 +69,19 @@ def parse_step(data: bytes) -> tuple[v1.Step, Tensors]:
     Raises:
         OctavoError: MALFORMED_MESSAGE.
     """
+    if len(data) < WORTH_CUTTING_BYTES:
+        return _parse_whole_step(data)
     try:
         span = only_field(data, v1.DecodeRequest.STEP_FIELD_NUMBER)
         rest, tensors = cut_tensors(data, _STEP_TENSORS, span)
         return v1.Step.FromString(rest), tensors
     except (ValueError, DecodeError):
-        step = parse(v1.DecodeRequest, data).step
-        return step, step_tensors(step)
+        return _parse_whole_step(data)
+
+
+def _parse_whole_step(data: bytes) -> tuple[v1.Step, Tensors]:
+    step = parse(v1.DecodeRequest, data).step
+    return step, step_tensors(step)
 
 
 def step_tensors(step: v1.Step) -> Tensors:

@@ -64,8 +64,7 @@ class ModelPool:
         return self.cache.spec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _QueuedStep:
+class _QueuedStep(NamedTuple):
     """A step in the queue, with the sessions that its handles named when it arrived."""
 
     request: StepRequest
@@ -74,8 +73,7 @@ class _QueuedStep:
     answer: Callable[[StepAnswer], None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _QueuedChange:
+class _QueuedChange(NamedTuple):
     """A truncate or close in the queue."""
 
     session: Session

@@ -18,6 +18,9 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 _DATA = frozenset([pb.Tensor.DATA_FIELD_NUMBER])
 
+WORTH_CUTTING_BYTES = 1 << 16
+"""Size from which a message is parsed faster this way; measured, at steps of 4 to 8 sessions of 12 KiB each."""
+
 Span = tuple[int, int]
 """Where in a message something begins and ends."""
 
