@@ -14,7 +14,7 @@ from typing import Any
 
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _tensors
-from octavo_client._encoding import encode_append
+from octavo_client._encoding import encode_append, encode_tensors
 from octavo_client._errors import ClientClosed, OctavoError, PositionMismatch, message_too_large
 from octavo_client._mirror import Mirror
 from octavo_client._retry import is_passing
@@ -200,7 +200,7 @@ class AppendPlan:
             step_key=piece.step_key,
         )
         fields = {pb.AppendRequest.K_FIELD_NUMBER: k, pb.AppendRequest.V_FIELD_NUMBER: v}
-        return encode_append(header, fields)
+        return encode_append(header, encode_tensors(fields))
 
 
 def plan_append(

@@ -17,6 +17,10 @@ _OUT, _LSE = pb.StepResult.OUT_FIELD_NUMBER, pb.StepResult.LSE_FIELD_NUMBER
 _RESULT_TENSORS = frozenset([_OUT, _LSE])
 
 
+Parts = list[bytes | memoryview]
+"""What is to be joined into a message."""
+
+
 class Result(NamedTuple):
     """An answer to a step.
 
@@ -56,20 +60,23 @@ def result_of(result: pb.StepResult) -> Result:
     return Result(result, out, lse)
 
 
-def encode_tensors(arrays: Mapping[int, HostArray]) -> bytes:
-    """Return arrays of any strides, by field number, as the encoded Tensor fields of a message; one copy."""
+def encode_tensors(arrays: Mapping[int, HostArray]) -> Parts:
+    """Return arrays of any strides, by field number, as Tensor fields of a message: parts over the arrays' memory."""
     contiguous = {number: np.ascontiguousarray(array) for number, array in arrays.items()}
-    return b"".join(tensor_fields.encode_tensors(contiguous, WIRE_DTYPES))
+    return tensor_fields.encode_tensors(contiguous, WIRE_DTYPES)
 
 
-def encode_append(header: pb.AppendRequest, arrays: Mapping[int, HostArray]) -> bytes:
-    """Return a message of an Append call; `arrays` by field number, of any strides."""
-    contiguous = {number: np.ascontiguousarray(array) for number, array in arrays.items()}
-    parts = tensor_fields.encode_tensors(contiguous, WIRE_DTYPES)
-    return b"".join([header.SerializeToString(), *parts])
+def num_bytes(parts: Parts) -> int:
+    """Return the size of what the parts are when joined."""
+    return sum(map(len, parts))
 
 
-def encode_decode(header: pb.Step, tensors: bytes) -> bytes:
+def encode_append(header: pb.AppendRequest, tensors: Parts) -> bytes:
+    """Return a message of an Append call."""
+    return b"".join([header.SerializeToString(), *tensors])
+
+
+def encode_decode(header: pb.Step, tensors: Parts) -> bytes:
     """Return a message of a Decode stream."""
-    parts = [header.SerializeToString(), tensors]
+    parts = [header.SerializeToString(), *tensors]
     return b"".join(tensor_fields.encode_field(pb.DecodeRequest.STEP_FIELD_NUMBER, parts))

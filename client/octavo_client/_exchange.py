@@ -107,7 +107,10 @@ class Exchange:
         step = self._ledger.submit(
             job, draft.keys, has_kv=draft.has_kv, deadline=now + draft.timeout_s
         )
-        return step.step_id, _encode([step] if step.is_sent else [], now)
+        if step.is_sent:
+            return step.step_id, _encode([step], now)
+        draft.keep()
+        return step.step_id, []
 
     def on_result(self, result: Result, now: float) -> Turn:
         """Take a result; that of a step which was given up is dropped."""

@@ -12,7 +12,7 @@ import numpy as np
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _tensors
 from octavo_client._config import check_seconds
-from octavo_client._encoding import Result, encode_decode, encode_tensors
+from octavo_client._encoding import Parts, Result, encode_decode, encode_tensors, num_bytes
 from octavo_client._errors import (
     ClientClosed,
     OctavoError,
@@ -55,7 +55,7 @@ class Draft:
 
     Attributes:
         header: The message without its tensors; positions, step_id and timeout_ms are filled in later.
-        tensors: q, and k and v, as encoded fields of the message.
+        tensors: q, and k and v, as encoded fields of the message, in parts; over the caller's arrays until `keep`.
         has_kv: Whether the step appends.
         placements: Its entries.
         to_caller: Turns an answer into the caller's kind of array.
@@ -64,7 +64,7 @@ class Draft:
     """
 
     header: pb.Step
-    tensors: bytes
+    tensors: Parts
     has_kv: bool
     placements: Sequence[Placement]
     to_caller: ToCaller
@@ -102,7 +102,12 @@ class Draft:
         self.header.timeout_ms = timeout_ms
         message = encode_decode(self.header, self.tensors)
         self.sent_bytes = len(message)
+        self.tensors = [memoryview(message)[-num_bytes(self.tensors) :]]
         return message
+
+    def keep(self) -> None:
+        """Copy the tensors, which the caller may change from now on; `encode` does so too."""
+        self.tensors = [b"".join(self.tensors)]
 
     def read(self, result: Result) -> BatchResult:
         """Return a step's answer as the caller's kind of array, and note what is stored.
@@ -187,14 +192,14 @@ def draft_step(
     _check_arrays(arrays, model, sum(placement.num_tokens for placement in placements))
     header = _header(placements, options, has_kv="k" in arrays)
     encoded = encode_tensors({_FIELDS[name]: array for name, array in arrays.items()})
-    num_bytes = (
-        len(encoded)
+    message_bytes = (
+        num_bytes(encoded)
         + header.ByteSize()
         + _MAX_HEADER_BYTES
         + _MAX_START_POS_BYTES * len(placements)
     )
-    if num_bytes > max_message_bytes:
-        raise message_too_large(num_bytes, max_message_bytes)
+    if message_bytes > max_message_bytes:
+        raise message_too_large(message_bytes, max_message_bytes)
     timeout_s = options.get("timeout")
     timeout_s = default_timeout_s if timeout_s is None else timeout_s
     to_caller = _tensors.like(tensors[0])
@@ -207,6 +212,8 @@ def timed_out(draft: Draft, may_be_applied: bool) -> StepTimeout:
 
 
 def _check_options(options: StepOptions) -> None:
+    if not options:
+        return
     unknown = options.keys() - _OPTIONS
     if unknown:
         names, known = ", ".join(sorted(unknown)), ", ".join(sorted(_OPTIONS))
@@ -265,10 +272,14 @@ def _host_arrays(tensors: tuple[Any, Any | None, Any | None]) -> dict[str, HostA
 
 
 def _check_arrays(arrays: dict[str, HostArray], model: Model, num_tokens: int) -> None:
+    dtype = arrays["q"].dtype
     for name, array in arrays.items():
         num_heads = model.num_q_heads if name == "q" else model.num_kv_heads
-        _tensors.check_shape(name, array, (num_tokens, num_heads, model.head_dim))
-        _tensors.check_dtype(name, array, arrays["q"].dtype)
+        shape = (num_tokens, num_heads, model.head_dim)
+        if array.shape != shape:
+            _tensors.check_shape(name, array, shape)
+        if array.dtype != dtype:
+            _tensors.check_dtype(name, array, dtype)
 
 
 def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bool) -> pb.Step:

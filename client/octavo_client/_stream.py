@@ -158,11 +158,14 @@ class DecodeStream:
 
     def _read_own(self, call: DecodeCall, future: Future[Any]) -> None:
         """Read until this thread's step has its answer; what goes wrong is left to the thread that else reads."""
-        failure: OctavoError | None = unexpected(RuntimeError("the caller was interrupted"))
+        failure: OctavoError | None = None
         try:
             failure = self._read(call, future.done)
         except Exception as error:
             failure = unexpected(error)
+        except BaseException:
+            failure = unexpected(RuntimeError("the caller was interrupted"))
+            raise
         finally:
             with self._lock:
                 self._own_reader = self._own_thread = None

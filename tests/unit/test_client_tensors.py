@@ -22,7 +22,7 @@ TORCH_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 def through_the_wire(value: Any) -> Any:
     encoded = encode_tensors({pb.StepResult.OUT_FIELD_NUMBER: _tensors.to_host("q", value)})
-    received = pb.StepResult.FromString(encoded)
+    received = pb.StepResult.FromString(b"".join(encoded))
     return _tensors.like(value)(_tensors.from_wire(tensor_fields.tensor_of(received.out)))
 
 
@@ -61,7 +61,7 @@ def test_any_strides_are_taken(value: Any) -> None:
 
 def test_wire_bytes_are_little_endian_and_row_major() -> None:
     encoded = encode_tensors({pb.Step.Q_FIELD_NUMBER: np.array([[1.0, 2.0]], np.float16)})
-    tensor = pb.Step.FromString(encoded).q
+    tensor = pb.Step.FromString(b"".join(encoded)).q
     assert tensor.data == bytes([0x00, 0x3C, 0x00, 0x40])
     assert (tensor.dtype, list(tensor.shape)) == (pb.DATA_TYPE_FLOAT16, [1, 2])
 
@@ -77,7 +77,7 @@ def test_messages_are_what_protobuf_would_encode(num_q: int, num_kv: int, step_i
     header.k.MergeFrom(tensor_of(k))
     assert pb.DecodeRequest.FromString(encoded) == pb.DecodeRequest(step=header)
     append = pb.AppendRequest(layer=3)
-    encoded = encode_append(append, {pb.AppendRequest.K_FIELD_NUMBER: k})
+    encoded = encode_append(append, encode_tensors({pb.AppendRequest.K_FIELD_NUMBER: k}))
     append.k.MergeFrom(tensor_of(k))
     assert pb.AppendRequest.FromString(encoded) == append
 
