@@ -15,6 +15,7 @@ from tests.bench.bench_library import ROOT
 from tests.bench.cpu.machine import describe_machine, describe_software
 from tests.bench.goals import Goal, align, goals_table
 from tests.bench.results import save
+from tests.bench.rpc import pay_page
 from tests.bench.rpc.figures import (
     BESIDE_PYTRITON,
     FEW,
@@ -57,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "goals": [goal.as_dict() for goal in found],
         "rows": [asdict(row) for row in rows],
     }
-    save(options.output or (QUICK_RESULTS if options.quick else RESULTS), results, progress.say)
+    output = options.output or (QUICK_RESULTS if options.quick else RESULTS)
+    save(output, results, progress.say)
+    if output == RESULTS:
+        pay_page.main()
     return 0
 
 
