@@ -60,7 +60,7 @@ class NumpyCompute:
 
         def weights(rows: int, columns: int) -> FloatArray:
             drawn = rng.standard_normal((rows, columns), np.float32)
-            return drawn / np.float32(rows**0.5)  # type: ignore[no-any-return]
+            return drawn / np.float32(rows**0.5)
 
         self._qkv = weights(HIDDEN, (NUM_Q_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
         self._o = weights(NUM_Q_HEADS * HEAD_DIM, HIDDEN)

@@ -66,7 +66,7 @@ def read_costs(results: Mapping[str, Any]) -> tuple[StepCost, StepCost]:
         ValueError: A row or a contestant is missing.
     """
     found = {
-        name: StepCost(*(_p50(results, count, name) for count in (1, 64)))
+        name: StepCost(_p50(results, 1, name), _p50(results, 64, name))
         for name in (*ECHOES, OCTAVO)
     }
     echo = StepCost(
@@ -79,7 +79,8 @@ def _p50(results: Mapping[str, Any], num_sessions: int, name: str) -> float:
     label = f"one stream, {num_sessions} session{'s' * (num_sessions > 1)} a step, p50"
     for row in results["rows"]:
         if row["label"] == label and name in row["rounds"]:
-            return statistics.median(row["rounds"][name])
+            rounds: list[float] = row["rounds"][name]
+            return statistics.median(rounds)
     raise ValueError(f"the results have no {name!r} in {label!r}; run make bench-rpc again")
 
 

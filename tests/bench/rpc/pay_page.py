@@ -278,7 +278,7 @@ def drawing(figures: Figures) -> str:
             color,
             is_echo,
             [
-                (us, wire_ms(cost, Network("", us, ""), num_layers, 64, LINK_GB_PER_S))
+                (us, wire_ms(cost, Network("", us, ""), num_layers, 1, LINK_GB_PER_S))
                 for us in steps
             ],
         )
@@ -286,7 +286,7 @@ def drawing(figures: Figures) -> str:
         for cost, is_echo in ((figures.octavo, False), (figures.echo, True))
     ]
     marks = [(n.name.removeprefix("the "), n.round_trip_us) for n in NETWORKS if n.round_trip_us]
-    return plot("What the wire adds to a token of 64 sessions; dashed: an echo", curves, marks)
+    return plot("What the wire adds to a token, one session a step; dashed: an echo", curves, marks)
 
 
 def main() -> None:
