@@ -126,6 +126,10 @@ def test_a_program_that_ends_or_hangs_says_why() -> None:
     python = Path(sys.executable)
     with pytest.raises(UnavailableError, match=r"No module named tests\.bench\.rpc\.none"):
         Program(python, "none").read(30)
+    ended = Program(python, "none")
+    ended.wait()
+    with pytest.raises(UnavailableError, match=r"No module named"):
+        ended.ask("1")
     hanging = Program(python, "serve", "echo")
     hanging.read(30)
     with pytest.raises(UnavailableError, match=r"no answer in 0.01 s"):

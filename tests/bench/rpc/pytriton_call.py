@@ -50,6 +50,11 @@ class PyTritonStream:
         """Check that the server answers with q."""
         assert np.array_equal(self.call(), self._tensors["q"]), "PyTriton answered something else"
 
+    def close(self) -> None:
+        """End the stream and its threads, without which the process would not end."""
+        self._client.stop_stream()
+        self._client.close()
+
 
 def main() -> None:
     """Call until stdin ends."""
@@ -62,6 +67,7 @@ def main() -> None:
             stream.call()
             samples.append((time.perf_counter_ns() - start) / 1e3)
         print(json.dumps({"us": samples}), flush=True)
+    stream.close()
 
 
 if __name__ == "__main__":

@@ -72,11 +72,20 @@ class Program:
         return answer
 
     def ask(self, question: str) -> dict[str, Any]:
-        """Send a line and return its answer."""
+        """Send a line and return its answer.
+
+        Raises:
+            UnavailableError: There is none in time.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(question + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it ended; reading says why
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
         return self.read(ANSWER_LIMIT_S)
+
+    def wait(self) -> None:
+        """Wait until the process has ended by itself."""
+        self._process.wait()
 
     def stop(self) -> str:
         """End the process by ending its stdin, then kill what is left of it and of those that it started.
@@ -88,7 +97,7 @@ class Program:
             return ""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired, BrokenPipeError):
             self._process.stdin.close()
             self._process.wait(STOP_LIMIT_S)
         with suppress(ProcessLookupError):
