@@ -56,6 +56,7 @@ from octavo_client._errors import (
     StepTimeout,
     StreamLimit,
 )
+from octavo_client._pipeline import Steps, micro_batches
 from octavo_client._session import Session
 from octavo_client._sync import Client
 from octavo_client._types import (
@@ -65,6 +66,7 @@ from octavo_client._types import (
     Model,
     ServerInfo,
     SessionState,
+    Step,
     StepOptions,
 )
 
@@ -107,9 +109,12 @@ __all__ = [
     "SessionNotFound",
     "SessionState",
     "ShapeMismatch",
+    "Step",
     "StepExpired",
     "StepOptions",
     "StepTimeout",
+    "Steps",
     "StreamLimit",
     "Timeout",
+    "micro_batches",
 ]
