@@ -65,6 +65,7 @@ from octavo_client._types import (
     Model,
     ServerInfo,
     SessionState,
+    StageTimes,
     StepOptions,
 )
 
@@ -107,6 +108,7 @@ __all__ = [
     "SessionNotFound",
     "SessionState",
     "ShapeMismatch",
+    "StageTimes",
     "StepExpired",
     "StepOptions",
     "StepTimeout",

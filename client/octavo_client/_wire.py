@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from octavo.v1 import octavo_pb2 as pb
-from octavo_client._types import Model, ServerInfo, SessionState
+from octavo_client._types import Model, ServerInfo, SessionState, StageTimes
 
 _MAX_POSITION = 2**32 - 1
 """What the wire's fields hold."""
@@ -84,6 +84,21 @@ def read_session(session: pb.Session) -> SessionState:
         model=session.model,
         lengths=tuple(session.lengths),
         num_blocks=session.num_blocks,
+    )
+
+
+def read_stage_times(result: pb.StepResult) -> StageTimes | None:
+    """Return what a step cost, where its result says so."""
+    if not result.HasField("stage_times"):
+        return None
+    times = result.stage_times
+    return StageTimes(
+        queue_us=times.queue_us,
+        batch_size=times.batch_size,
+        batch_tokens=times.batch_tokens,
+        copy_in_us=times.copy_in_us,
+        kernel_us=times.kernel_us,
+        copy_out_us=times.copy_out_us,
     )
 
 

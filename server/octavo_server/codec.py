@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from octavo import v1
 from octavo_server.backends.base import HostArray
-from octavo_server.engine import ModelPool, SessionState
+from octavo_server.engine import ModelPool
 from octavo_server.errors import Reason, mismatch
+from octavo_server.session import SessionState
 from octavo_server.status import to_status
 from octavo_server.step import StepAnswer, StepRequest
 
@@ -93,6 +94,7 @@ def read_step(step: v1.Step) -> StepRequest:
         timeout_ms=step.timeout_ms,
         return_lse=step.return_lse,
         is_causal=step.causal if step.HasField("causal") else True,
+        return_stage_times=step.return_stage_times,
         **tensors,
     )
 
@@ -125,6 +127,8 @@ def write_answer(result: v1.StepResult, step_id: int, answer: StepAnswer) -> Non
         write_tensor(result.lse, answer.lse)
     for entry_idx, error in sorted(answer.entry_errors.items()):
         result.entry_errors.add(entry_idx=entry_idx, error=to_status(error))
+    if answer.stage_times is not None:
+        result.stage_times.CopyFrom(v1.StageTimes(**answer.stage_times._asdict()))
 
 
 def write_session(state: SessionState) -> v1.Session:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from octavo_server import errors
 from octavo_server.backends.base import Backend, PagedInt8Cache
@@ -28,8 +28,9 @@ from octavo_server.launch import (
 )
 from octavo_server.model import ModelSpec
 from octavo_server.scheduler import WHOLE_SESSION, Scheduler, WorkItem, WorkKey
-from octavo_server.session import Session
+from octavo_server.session import Session, SessionState
 from octavo_server.session_store import SessionStore
+from octavo_server.stats import LaunchTimes
 from octavo_server.step import StepAnswer, StepRequest, check_entries, check_tensors
 
 log = logging.getLogger(__name__)
@@ -38,16 +39,6 @@ MAX_BATCH_TOKENS = 4096
 """Rows after which a launch takes no further step; bounds how long a decode step waits for prompts of others."""
 
 Result = TypeVar("Result")
-
-
-class SessionState(NamedTuple):
-    """A session at one moment."""
-
-    session_id: str
-    handle: int
-    model: str
-    lengths: tuple[int, ...]
-    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +62,7 @@ class _QueuedStep:
     sessions: Sequence[Session | None]
     pool: ModelPool
     answer: Callable[[StepAnswer], None]
+    arrived_at: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +149,7 @@ class Engine:
             pool = self.pools.get(model)
             if pool is None:
                 raise errors.model_not_found(model)
-            state = _state(self._sessions.open(pool.spec, pool.blocks, request_id))
+            state = self._sessions.open(pool.spec, pool.blocks, request_id).state()
         log.debug("session %s of model %s is open", state.session_id, model)
         return state
 
@@ -168,7 +160,7 @@ class Engine:
             OctavoError: SESSION_NOT_FOUND.
         """
         with self._changed:
-            return _state(self._sessions.by_id(session_id))
+            return self._sessions.by_id(session_id).state()
 
     def get_session_by_handle(self, handle: int) -> SessionState:
         """Return a session's state.
@@ -180,13 +172,13 @@ class Engine:
             session = self._sessions.by_handle(handle)
             if session is None:
                 raise errors.session_not_found(str(handle))
-            return _state(session)
+            return session.state()
 
     def list_sessions(self, after_idx: int, size: int) -> tuple[list[SessionState], int]:
         """Return a page of sessions and where the next page starts, 0 after the last."""
         with self._changed:
             sessions, next_idx = self._sessions.page(after_idx, size)
-            return [_state(session) for session in sessions], next_idx
+            return [session.state() for session in sessions], next_idx
 
     def truncate_session(
         self, session_id: str, length: int, expected_lengths: Sequence[int]
@@ -202,7 +194,7 @@ class Engine:
 
         def truncate(session: Session) -> SessionState:
             session.truncate(length, expected_lengths)
-            return _state(session)
+            return session.state()
 
         return self._submit_change(session_id, truncate)
 
@@ -236,12 +228,13 @@ class Engine:
             request: The step.
             answer: Called once with the answer, from this thread or the engine's; must not block.
             is_cancelled: Asked when the step's turn comes; a cancelled step is dropped, unapplied and unanswered.
-            arrived_at: When its timeout began, on time.monotonic(); now by default.
+            arrived_at: When it was read, and its timeout began, on time.monotonic(); now by default.
 
         Raises:
             OctavoError: The step cannot be queued: EMPTY_STEP, SHAPE_MISMATCH, DTYPE_MISMATCH, DUPLICATE_ENTRY,
                 DRAINING or DEVICE_FAILURE.
         """
+        arrived_at = time.monotonic() if arrived_at is None else arrived_at
         check_entries(request)
         with self._changed:
             self._check_accepting()
@@ -251,9 +244,8 @@ class Engine:
             answer(answer_step(request, admit_step(request, sessions), NOTHING_RAN, 0))
             return
         check_tensors(request, pool.spec)
-        step = _QueuedStep(request, sessions, pool, answer)
-        started_at = time.monotonic() if arrived_at is None else arrived_at
-        self._enqueue(_work_item(step, is_cancelled, started_at))
+        step = _QueuedStep(request, sessions, pool, answer, arrived_at)
+        self._enqueue(_work_item(step, is_cancelled))
 
     def _submit_change(
         self, session_id: str, change: Callable[[Session], Result]
@@ -330,18 +322,23 @@ class Engine:
 
     def _run_steps(self, steps: Sequence[_QueuedStep]) -> None:
         """Admit, launch, settle, answer."""
+        times = LaunchTimes(time.monotonic())
         pool = steps[0].pool
         with self._changed:
             admitted = [admit_step(step.request, step.sessions) for step in steps]
             entries = [entry for step_entries in admitted for entry in step_entries]
             batch = build_batch(entries, pool.spec.block_size)
         requests = [step.request for step in steps]
-        outcome = run_launch(self._backend, pool.cache, requests, entries, batch)
+        outcome = run_launch(self._backend, pool.cache, requests, entries, batch, times)
+        times.num_entries, times.num_tokens = len(entries), int(batch.token_starts[-1])
         with self._changed:
             settle(entries, outcome)
         first_row = 0
         for step, step_entries in zip(steps, admitted, strict=True):
-            step.answer(answer_step(step.request, step_entries, outcome, first_row))
+            answer = answer_step(step.request, step_entries, outcome, first_row)
+            if step.request.return_stage_times:
+                answer.stage_times = times.of_step(step.arrived_at, time.monotonic())
+            step.answer(answer)
             first_row += sum(step.request.num_tokens)
 
     def _fail(self, error: Exception) -> None:
@@ -355,19 +352,7 @@ class Engine:
             self._on_failure()
 
 
-def _state(session: Session) -> SessionState:
-    return SessionState(
-        session.session_id,
-        session.handle,
-        session.spec.name,
-        tuple(session.lengths),
-        len(session.block_table),
-    )
-
-
-def _work_item(
-    step: _QueuedStep, is_cancelled: Callable[[], bool], started_at: float
-) -> WorkItem[_Queued]:
+def _work_item(step: _QueuedStep, is_cancelled: Callable[[], bool]) -> WorkItem[_Queued]:
     request = step.request
     tensor = next(iter(request.tensors.values()))
     timeout_s = request.timeout_ms / 1000 if request.timeout_ms else float("inf")
@@ -376,7 +361,7 @@ def _work_item(
         keys=frozenset(map(WorkKey, request.handles, request.layers)),
         batch_key=(step.pool.spec.name, tensor.dtype, tuple(request.tensors)),
         num_tokens=sum(request.num_tokens),
-        deadline=started_at + timeout_s,
+        deadline=step.arrived_at + timeout_s,
         is_cancelled=is_cancelled,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from octavo_server.backends.base import (
 )
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.session import Admission, AppendRecord, Session
+from octavo_server.stats import LaunchTimes
 from octavo_server.step import StepAnswer, StepRequest
 
 NO_BLOCK = -1
@@ -102,8 +104,12 @@ def run_launch(
     requests: Sequence[StepRequest],
     entries: Sequence[LaunchEntry],
     batch: RaggedBatch,
+    times: LaunchTimes,
 ) -> StepOutput:
-    """Run a batch on the backend: copy shared blocks, append, attend; each only where it has a use."""
+    """Run a batch on the backend: copy shared blocks, append, attend; each only where it has a use.
+
+    Notes in `times` when the backend was called and when it returned.
+    """
     copies = [copy for entry in entries for copy in entry.admission.copies]
     if copies:
         backend.copy_blocks(cache, copies)
@@ -115,7 +121,10 @@ def run_launch(
         assert v is not None, "a step that appends has both"
         kv = k, v
     return_lse = any(request.return_lse for request in requests)
-    return backend.step(cache, batch, q, kv, return_lse=return_lse)
+    times.staged_at = time.monotonic()
+    outcome = backend.step(cache, batch, q, kv, return_lse=return_lse)
+    times.ran_at = time.monotonic()
+    return outcome
 
 
 def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> None:

@@ -22,6 +22,7 @@ from octavo_client.oracle import AttentionOptions, OracleCache, check
 from octavo_server.scheduler import WorkItem
 from octavo_server.server import Server
 from tests.rpc.gated_backend import GatedBackend
+from tests.waiting import wait_until
 
 CALL_TIMEOUT_S = 30
 NUM_LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 4, 2, 16
@@ -113,6 +114,10 @@ class Wire:
     def queue(self) -> list[WorkItem[Any]]:
         """What waits for its turn, in the order of arrival; `busy` lets it gather."""
         return list(self.server._engine._scheduler._queue)
+
+    def wait_for_queued(self, num_items: int) -> None:
+        """Wait until so much waits for its turn."""
+        wait_until(lambda: len(self.queue) == num_items)
 
     @property
     def num_overdue(self) -> int:

@@ -55,7 +55,9 @@ def start_of(step: Draft) -> list[int]:
 
 def test_a_message_says_all_of_its_step() -> None:
     first, second = mirror(3, 5), mirror(8, 8, handle=12)
-    placed = draft((first, 1, 2, None), (second, 0, 1, 7), return_lse=True, causal=True)
+    placed = draft(
+        (first, 1, 2, None), (second, 0, 1, 7), return_lse=True, causal=True, stage_times=True
+    )
     placed.place()
     step = message_of(placed)
     assert list(step.session_handles) == [11, 12]
@@ -67,6 +69,7 @@ def test_a_message_says_all_of_its_step() -> None:
     assert list(step.q.shape) == [3, NUM_Q_HEADS, HEAD_DIM]
     assert step.v.data == rows(3, NUM_KV_HEADS).tobytes()
     assert step.return_lse
+    assert step.return_stage_times
     assert step.step_key != 0
     assert not step.HasField("causal")
     assert placed.keys == [(11, 1), (12, 0)]
@@ -154,7 +157,7 @@ def test_a_timeout_is_bounded(timeout: float) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"casual": False}, "no option casual; it has causal, return_lse, timeout"),
+        ({"casual": False}, "no option casual; it has causal, return_lse, stage_times, timeout"),
         ({"causal": None}, "causal must be True or False, got None"),
         ({"return_lse": 1}, "return_lse must be True or False, got 1"),
         ({"timeout": "3"}, "timeout must be a number of seconds, got '3'"),

@@ -403,3 +403,44 @@ def test_sessions_are_listed_in_pages_in_the_order_of_opening(bench: Bench) -> N
 def test_an_unknown_model_is_refused(bench: Bench) -> None:
     with pytest.raises(OctavoError, match="ServerInfo lists"):
         bench.open("missing")
+
+
+def test_a_step_tells_what_it_cost_when_asked(bench: Bench) -> None:
+    handles = [bench.open() for _ in range(2)]
+    before = time.monotonic()
+    bench.hold()
+    asking = step((handles[0], 0, 0, 2), (handles[0], 1, 1, 3), return_stage_times=True)
+    asked, silent = bench.submit(asking), bench.submit(step((handles[1], 0, 0, 4)))
+    queued_at = time.monotonic()
+    time.sleep(0.01)
+    queued_us = (time.monotonic() - queued_at) * 1e6
+    bench.backend.may_run.set()
+    times = asked.get(timeout=WAIT_S).stage_times
+    assert silent.get(timeout=WAIT_S).stage_times is None
+    assert times is not None
+    assert (times.batch_size, times.batch_tokens) == (3, 9)
+    whole_us = (time.monotonic() - before) * 1e6
+    stages = (times.queue_us, times.copy_in_us, times.kernel_us, times.copy_out_us)
+    assert times.queue_us >= queued_us - 1
+    assert min(stages) >= 0
+    assert sum(stages) <= whole_us + len(stages)
+
+
+def test_time_in_the_backend_is_the_kernels(bench: Bench) -> None:
+    handle = bench.open()
+    bench.backend.may_run.clear()
+    bench.backend.is_running.clear()
+    answer = bench.submit(step((handle, 0, 0, 1), return_stage_times=True))
+    assert bench.backend.is_running.wait(WAIT_S)
+    held_at = time.monotonic()
+    time.sleep(0.01)
+    held_us = (time.monotonic() - held_at) * 1e6
+    bench.backend.may_run.set()
+    times = answer.get(timeout=WAIT_S).stage_times
+    assert times is not None
+    assert times.kernel_us >= held_us - 1
+
+
+def test_a_step_that_no_launch_ran_has_no_stage_times(bench: Bench) -> None:
+    answer = bench.run(step((12345, 0, 0, 2), return_stage_times=True))
+    assert answer.stage_times is None

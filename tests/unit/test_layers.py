@@ -15,7 +15,7 @@ CLIENT_ROOT = ROOT / "client" / "octavo_client"
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config", "config_schema", "config_source", "errors", "logs", "model", "version"}),
-    frozenset({"block_pool", "scheduler", "session", "session_store"}),
+    frozenset({"block_pool", "scheduler", "session", "session_store", "stats"}),
     frozenset({"backends", "cuda_build", "kernel_build", "step", "launch"}),
     frozenset({"engine"}),
     frozenset({"codec", "request_reader", "service", "status", "step_stream"}),
@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 """Modules of octavo_server from the bottom up; one imports its own layer and those below."""
 
 WIRE = frozenset({"grpc", "grpc_status", "grpc_health", "grpc_reflection", "google", "octavo"})
-PURE_CORE = frozenset({"block_pool", "scheduler", "session", "session_store", "errors"})
+PURE_CORE = frozenset({"block_pool", "scheduler", "session", "session_store", "stats", "errors"})
 NOT_IN_PURE_CORE = WIRE | {"torch", "time", "datetime"}
 NOT_IN_ENGINE = WIRE | {"torch"}
 

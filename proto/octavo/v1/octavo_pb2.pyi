@@ -198,7 +198,7 @@ class AppendResponse(_message.Message):
     def __init__(self, num_messages: _Optional[int] = ..., session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "step_key", "session_handles", "layers", "start_pos", "num_tokens", "q", "k", "v", "timeout_ms", "return_lse", "causal")
+    __slots__ = ("step_id", "step_key", "session_handles", "layers", "start_pos", "num_tokens", "q", "k", "v", "timeout_ms", "return_lse", "causal", "return_stage_times")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_KEY_FIELD_NUMBER: _ClassVar[int]
     SESSION_HANDLES_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +211,7 @@ class Step(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     RETURN_LSE_FIELD_NUMBER: _ClassVar[int]
     CAUSAL_FIELD_NUMBER: _ClassVar[int]
+    RETURN_STAGE_TIMES_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     step_key: int
     session_handles: _containers.RepeatedScalarFieldContainer[int]
@@ -223,21 +224,40 @@ class Step(_message.Message):
     timeout_ms: int
     return_lse: bool
     causal: bool
-    def __init__(self, step_id: _Optional[int] = ..., step_key: _Optional[int] = ..., session_handles: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., start_pos: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[Tensor, _Mapping]] = ..., k: _Optional[_Union[Tensor, _Mapping]] = ..., v: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., return_lse: _Optional[bool] = ..., causal: _Optional[bool] = ...) -> None: ...
+    return_stage_times: bool
+    def __init__(self, step_id: _Optional[int] = ..., step_key: _Optional[int] = ..., session_handles: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., start_pos: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[Tensor, _Mapping]] = ..., k: _Optional[_Union[Tensor, _Mapping]] = ..., v: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., return_lse: _Optional[bool] = ..., causal: _Optional[bool] = ..., return_stage_times: _Optional[bool] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "out", "lse", "entry_errors", "error")
+    __slots__ = ("step_id", "out", "lse", "entry_errors", "error", "stage_times")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     OUT_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
     ENTRY_ERRORS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    STAGE_TIMES_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     out: Tensor
     lse: Tensor
     entry_errors: _containers.RepeatedCompositeFieldContainer[EntryError]
     error: _status_pb2.Status
-    def __init__(self, step_id: _Optional[int] = ..., out: _Optional[_Union[Tensor, _Mapping]] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ..., entry_errors: _Optional[_Iterable[_Union[EntryError, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    stage_times: StageTimes
+    def __init__(self, step_id: _Optional[int] = ..., out: _Optional[_Union[Tensor, _Mapping]] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ..., entry_errors: _Optional[_Iterable[_Union[EntryError, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., stage_times: _Optional[_Union[StageTimes, _Mapping]] = ...) -> None: ...
+
+class StageTimes(_message.Message):
+    __slots__ = ("queue_us", "batch_size", "batch_tokens", "copy_in_us", "kernel_us", "copy_out_us")
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COPY_IN_US_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_US_FIELD_NUMBER: _ClassVar[int]
+    COPY_OUT_US_FIELD_NUMBER: _ClassVar[int]
+    queue_us: int
+    batch_size: int
+    batch_tokens: int
+    copy_in_us: int
+    kernel_us: int
+    copy_out_us: int
+    def __init__(self, queue_us: _Optional[int] = ..., batch_size: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., copy_in_us: _Optional[int] = ..., kernel_us: _Optional[int] = ..., copy_out_us: _Optional[int] = ...) -> None: ...
 
 class EntryError(_message.Message):
     __slots__ = ("entry_idx", "error")
