@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from octavo import v1
 from octavo_server.backends.base import HostArray
-from octavo_server.engine import ModelPool
 from octavo_server.errors import Reason, mismatch
+from octavo_server.model_pool import ModelPool
 from octavo_server.session import SessionState
 from octavo_server.status import to_status
 from octavo_server.step import StepAnswer, StepRequest

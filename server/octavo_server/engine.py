@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from octavo_server import errors
-from octavo_server.backends.base import Backend, PagedInt8Cache
-from octavo_server.block_pool import BlockPool
+from octavo_server.backends.base import Backend
+from octavo_server.config import DEFAULT_MAX_QUEUED_STEPS
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.launch import (
     NOTHING_RAN,
@@ -26,55 +25,24 @@ from octavo_server.launch import (
     run_launch,
     settle,
 )
-from octavo_server.model import ModelSpec
-from octavo_server.scheduler import WHOLE_SESSION, Scheduler, WorkItem, WorkKey
+from octavo_server.model_pool import ModelPool
+from octavo_server.queued import Queued, QueuedChange, QueuedStep, expired, refuse, work_item
+from octavo_server.scheduler import Scheduler
 from octavo_server.session import Session, SessionState
 from octavo_server.session_store import SessionStore
 from octavo_server.stats import LaunchTimes
 from octavo_server.step import StepAnswer, StepRequest, check_entries, check_tensors
+from octavo_server.work import WHOLE_SESSION, WorkItem, WorkKey
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 4096
-"""Rows after which a launch takes no further step; bounds how long a decode step waits for prompts of others."""
+"""Rows after which a launch takes no further decode step."""
+
+MAX_PROMPT_TOKENS = 1024
+"""The same for prompts, whose launches decode steps have to wait for: one message of the client, a few milliseconds."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModelPool:
-    """One served model: its cache on the device and the ids of its blocks."""
-
-    cache: PagedInt8Cache
-    blocks: BlockPool
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model."""
-        return self.cache.spec
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _QueuedStep:
-    """A step in the queue, with the sessions that its handles named when it arrived."""
-
-    request: StepRequest
-    sessions: Sequence[Session | None]
-    pool: ModelPool
-    answer: Callable[[StepAnswer], None]
-    arrived_at: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _QueuedChange:
-    """A truncate or close in the queue."""
-
-    session: Session
-    change: Callable[[Session], Any]
-    future: Future[Any]
-
-
-_Queued = _QueuedStep | _QueuedChange
 
 
 class Engine:
@@ -85,6 +53,7 @@ class Engine:
         pools: Served models by name.
         sessions: Where sessions are kept.
         on_failure: Called once, from the engine's thread, when the backend fails.
+        max_queued_steps: Steps that may wait for their launch; one more is refused.
     """
 
     def __init__(
@@ -93,12 +62,14 @@ class Engine:
         pools: Mapping[str, ModelPool],
         sessions: SessionStore,
         on_failure: Callable[[], None] = lambda: None,
+        max_queued_steps: int = DEFAULT_MAX_QUEUED_STEPS,
     ) -> None:
         self.pools = pools
         self._backend = backend
         self._sessions = sessions
         self._on_failure = on_failure
-        self._scheduler: Scheduler[_Queued] = Scheduler(MAX_BATCH_TOKENS)
+        self._max_queued_steps = max_queued_steps
+        self._scheduler: Scheduler[Queued] = Scheduler(MAX_BATCH_TOKENS, MAX_PROMPT_TOKENS)
         self._changed = threading.Condition()
         self._is_busy = self._is_draining = self._is_stopped = self._has_failed = False
         self._thread = threading.Thread(target=self._take_turns, name="octavo-engine", daemon=True)
@@ -126,7 +97,7 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
         for queued in self._scheduler.clear():
-            _refuse(queued, errors.draining())
+            refuse(queued, errors.draining())
 
     @property
     def has_failed(self) -> bool:
@@ -221,6 +192,7 @@ class Engine:
         answer: Callable[[StepAnswer], None],
         is_cancelled: Callable[[], bool] = lambda: False,
         arrived_at: float | None = None,
+        client: Hashable = None,
     ) -> None:
         """Queue a step.
 
@@ -229,10 +201,11 @@ class Engine:
             answer: Called once with the answer, from this thread or the engine's; must not block.
             is_cancelled: Asked when the step's turn comes; a cancelled step is dropped, unapplied and unanswered.
             arrived_at: When it was read, and its timeout began, on time.monotonic(); now by default.
+            client: Whose it is; clients take turns when a launch cannot take all that is queued.
 
         Raises:
             OctavoError: The step cannot be queued: EMPTY_STEP, SHAPE_MISMATCH, DTYPE_MISMATCH, DUPLICATE_ENTRY,
-                DRAINING or DEVICE_FAILURE.
+                QUEUE_FULL, DRAINING or DEVICE_FAILURE.
         """
         arrived_at = time.monotonic() if arrived_at is None else arrived_at
         check_entries(request)
@@ -244,8 +217,8 @@ class Engine:
             answer(answer_step(request, admit_step(request, sessions), NOTHING_RAN, 0))
             return
         check_tensors(request, pool.spec)
-        step = _QueuedStep(request, sessions, pool, answer, arrived_at)
-        self._enqueue(_work_item(step, is_cancelled))
+        step = QueuedStep(request, sessions, pool, answer, arrived_at)
+        self._enqueue(work_item(step, is_cancelled, client))
 
     def _submit_change(
         self, session_id: str, change: Callable[[Session], Result]
@@ -255,13 +228,17 @@ class Engine:
             session = self._sessions.by_id(session_id)
         future: Future[Result] = Future()
         key = WorkKey(session.handle, WHOLE_SESSION)
-        queued = _QueuedChange(session, change, future)
+        queued = QueuedChange(session, change, future)
         self._enqueue(WorkItem(queued, frozenset([key]), is_cancelled=future.cancelled))
         return future
 
-    def _enqueue(self, item: WorkItem[_Queued]) -> None:
+    def _enqueue(self, item: WorkItem[Queued]) -> None:
         with self._changed:
             self._check_accepting()
+            is_step = isinstance(item.payload, QueuedStep)
+            if is_step and len(self._scheduler) >= self._max_queued_steps:
+                what = "queued steps"
+                raise errors.limit_reached(Reason.QUEUE_FULL, what, self._max_queued_steps)
             self._scheduler.submit(item)
             self._changed.notify_all()
 
@@ -289,25 +266,25 @@ class Engine:
                 self._is_busy = True
                 turn = self._scheduler.next_turn(time.monotonic())
             for queued in turn.expired:
-                _refuse(queued, _expired(queued))
+                refuse(queued, expired(queued))
             self._run(turn.batch)
 
-    def _run(self, batch: Sequence[_Queued]) -> None:
+    def _run(self, batch: Sequence[Queued]) -> None:
         try:
             if self._has_failed:
                 raise errors.device_failure()
-            steps = [queued for queued in batch if isinstance(queued, _QueuedStep)]
+            steps = [queued for queued in batch if isinstance(queued, QueuedStep)]
             if steps:
                 self._run_steps(steps)
             for queued in batch:
-                if isinstance(queued, _QueuedChange):
+                if isinstance(queued, QueuedChange):
                     self._run_change(queued)
         except Exception as error:
             self._fail(error)
             for queued in batch:
-                _refuse(queued, errors.device_failure())
+                refuse(queued, errors.device_failure())
 
-    def _run_change(self, queued: _QueuedChange) -> None:
+    def _run_change(self, queued: QueuedChange) -> None:
         if not queued.future.set_running_or_notify_cancel():
             return
         try:
@@ -320,7 +297,7 @@ class Engine:
         else:
             queued.future.set_result(result)
 
-    def _run_steps(self, steps: Sequence[_QueuedStep]) -> None:
+    def _run_steps(self, steps: Sequence[QueuedStep]) -> None:
         """Admit, launch, settle, answer."""
         times = LaunchTimes(time.monotonic())
         pool = steps[0].pool
@@ -350,33 +327,3 @@ class Engine:
                 "backend %s failed; restart the server", self._backend.name, exc_info=error
             )
             self._on_failure()
-
-
-def _work_item(step: _QueuedStep, is_cancelled: Callable[[], bool]) -> WorkItem[_Queued]:
-    request = step.request
-    tensor = next(iter(request.tensors.values()))
-    timeout_s = request.timeout_ms / 1000 if request.timeout_ms else float("inf")
-    return WorkItem(
-        payload=step,
-        keys=frozenset(map(WorkKey, request.handles, request.layers)),
-        batch_key=(step.pool.spec.name, tensor.dtype, tuple(request.tensors)),
-        num_tokens=sum(request.num_tokens),
-        deadline=step.arrived_at + timeout_s,
-        is_cancelled=is_cancelled,
-    )
-
-
-def _refuse(queued: _Queued, error: OctavoError) -> None:
-    if isinstance(queued, _QueuedStep):
-        queued.answer(StepAnswer(error=error))
-    elif not queued.future.done() and (
-        queued.future.running() or queued.future.set_running_or_notify_cancel()
-    ):
-        queued.future.set_exception(error)
-
-
-def _expired(queued: _Queued) -> OctavoError:
-    assert isinstance(queued, _QueuedStep), "only steps have deadlines"
-    timeout_ms = queued.request.timeout_ms
-    message = f"the step waited {timeout_ms} ms in the queue and was not applied; send it again, with more time"
-    return OctavoError(Reason.STEP_EXPIRED, message, timeout_ms=timeout_ms)

@@ -21,8 +21,9 @@ from octavo_server.backends.base import Backend, UnsupportedError, alloc_paged_i
 from octavo_server.backends.registry import create_backend
 from octavo_server.block_pool import BlockPool
 from octavo_server.config import ModelConfig, ServerConfig
-from octavo_server.engine import Engine, ModelPool
+from octavo_server.engine import Engine
 from octavo_server.model import ModelSpec
+from octavo_server.model_pool import ModelPool
 from octavo_server.request_reader import RequestReader
 from octavo_server.service import (
     SERVICE_NAME,
@@ -88,7 +89,7 @@ class Server:
         pools = _alloc_pools(backend, config.models)
         sessions = SessionStore(incarnation, config.max_sessions)
         self._health = health.HealthServicer()
-        self._engine = Engine(backend, pools, sessions, on_failure=self._fail)
+        self._engine = Engine(backend, pools, sessions, self._fail, config.max_queued_steps)
         identity = Identity(
             software_version(), incarnation, backend.name, backend.description, config.max_sessions
         )

@@ -230,7 +230,9 @@ class OctavoService:
     def _run_step(self, request: StepRequest, caller: _Caller) -> StepAnswer:
         """Run a step and wait for its answer; raises its error, or CancelledError when the client has gone."""
         future: Future[StepAnswer] = Future()
-        self._engine.submit(request, lambda answer: _resolve(future, answer), future.cancelled)
+        self._engine.submit(
+            request, lambda answer: _resolve(future, answer), future.cancelled, client=caller
+        )
         answer = caller.wait(future)
         if answer.error is not None:
             raise answer.error

@@ -100,6 +100,7 @@ class StepStream:
                 lambda answer: self._respond(step_id, answer),
                 lambda: self._is_cancelled,
                 arrived_at,
+                client=self,
             )
         except OctavoError as error:
             self._respond(step_id, StepAnswer(error=error))

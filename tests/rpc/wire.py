@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from octavo import v1
 from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
 from octavo_client.oracle import AttentionOptions, OracleCache, check
-from octavo_server.scheduler import WorkItem
 from octavo_server.server import Server
+from octavo_server.work import WorkItem
 from tests.rpc.gated_backend import GatedBackend
 from tests.waiting import wait_until
 
@@ -113,7 +113,7 @@ class Wire:
     @property
     def queue(self) -> list[WorkItem[Any]]:
         """What waits for its turn, in the order of arrival; `busy` lets it gather."""
-        return list(self.server._engine._scheduler._queue)
+        return self.server._engine._scheduler.items
 
     def wait_for_queued(self, num_items: int) -> None:
         """Wait until so much waits for its turn."""

@@ -145,9 +145,10 @@ class OctavoServiceServicer:
 
     def Append(self, request_iterator, context):
         """Appends K and V of prompts, without attention. Each message is one atomic entry for one layer, applied in the order
-        received. The call stops at the first message that is refused and ends with that error, whose details hold an
-        AppendResponse beside the ErrorInfo: the messages before it stay stored, and the client resumes there. A message repeated with the same step_key right
-        after it was stored is a replay: nothing is written again.
+        received; where decode steps wait too, most launches are theirs. The call stops at the first message that is refused and
+        ends with that error, whose details hold an AppendResponse beside the ErrorInfo: the messages before it stay stored, and
+        the client resumes there, after QUEUE_FULL once the hint's time has passed. A message repeated with the same step_key
+        right after it was stored is a replay: nothing is written again.
         Errors: as for a step, and STREAM_LIMIT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
