@@ -175,7 +175,8 @@ class AsyncClient:
                     self._forget_info()
                 error = plan.resumable(error)
                 await asyncio.sleep(attempts.delay_after(error, time.monotonic()))
-                plan.resume((await self.get_session(mirror.session_id)).lengths, error)
+                if plan.resume((await self.get_session(mirror.session_id)).lengths, error):
+                    attempts.succeeded()
                 continue
             attempts.succeeded()
             plan.on_stored()

@@ -22,8 +22,8 @@ from octavo_client._errors import (
 
 
 def is_passing(error: OctavoError) -> bool:
-    """Whether a stream that ended so is to be opened again: the server is away, moving, or briefly full of streams."""
-    return isinstance(error, (ConnectionLost, Draining, StreamLimit))
+    """Whether a stream that ended so is to be opened again: the server is away, moving, or briefly full."""
+    return isinstance(error, (ConnectionLost, Draining, StreamLimit, QueueFull))
 
 
 _LONGEST_WAIT_S = 7 * 86_400.0

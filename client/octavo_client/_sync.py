@@ -190,7 +190,8 @@ class Client:
                     self._forget_info()
                 error = plan.resumable(error)
                 time.sleep(attempts.delay_after(error, time.monotonic()))
-                plan.resume(self.get_session(mirror.session_id).lengths, error)
+                if plan.resume(self.get_session(mirror.session_id).lengths, error):
+                    attempts.succeeded()
                 continue
             attempts.succeeded()
             plan.on_stored()

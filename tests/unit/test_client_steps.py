@@ -311,6 +311,31 @@ def test_an_expiry_without_a_cut_is_the_servers_word() -> None:
     assert (error.timeout_ms, session.lengths, session.is_stale) == (9, (0, 0), False)
 
 
+def test_a_full_queue_after_a_cut_leaves_the_fate_open() -> None:
+    session = mirror()
+    exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
+    exchange.on_broken()
+    exchange.on_open(1.0)
+    refusal = status("QUEUE_FULL", "RESOURCE_EXHAUSTED", 0.1, limit=2)
+    outcomes = exchange.on_result(pb.StepResult(step_id=step_id, error=refusal), 2.0).outcomes
+    (error,) = [outcome.error for outcome in outcomes]
+    assert isinstance(error, oc.ConnectionLost)
+    assert isinstance(error.__cause__, oc.QueueFull)
+    assert error.may_be_applied
+    assert session.is_stale
+
+
+def test_a_full_queue_applies_nothing_and_says_when_to_come_back() -> None:
+    session = mirror()
+    exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
+    refusal = status("QUEUE_FULL", "RESOURCE_EXHAUSTED", 0.1, limit=2)
+    outcomes = exchange.on_result(pb.StepResult(step_id=step_id, error=refusal), 2.0).outcomes
+    (error,) = [outcome.error for outcome in outcomes]
+    assert isinstance(error, oc.QueueFull)
+    assert (error.limit, error.retry_after_s) == (2, 0.1)
+    assert (session.lengths, session.is_stale) == ((0, 0), False)
+
+
 def test_giving_up_releases_the_next() -> None:
     session = mirror()
     exchange, (first, _), sent = in_exchange(
