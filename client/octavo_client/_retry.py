@@ -76,6 +76,7 @@ class CallRule:
 
 
 SERVER_INFO = CallRule("ServerInfo", pb.ServerInfoResponse, changes=False)
+SERVER_STATS = CallRule("ServerStats", pb.ServerStatsResponse, changes=False)
 GET_SESSION = CallRule("GetSession", pb.GetSessionResponse, changes=False)
 LIST_SESSIONS = CallRule("ListSessions", pb.ListSessionsResponse, changes=False)
 OPEN_SESSION = CallRule("OpenSession", pb.OpenSessionResponse)

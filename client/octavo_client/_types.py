@@ -81,6 +81,80 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchStats:
+    """Launches of about one batch size, added up since the server's start. See StageTimes for the stages.
+
+    Attributes:
+        max_batch_size: The largest batch size (entries of a launch) counted here, a power of two; the smallest is one
+            more than half of it.
+        num_launches: Launches: runs of the backend, each for all steps that shared it.
+        num_steps: Steps that shared them.
+        num_entries: Entries of those steps.
+        num_tokens: Tokens of those entries.
+        queue_us: Microseconds that every step waited, added up.
+        copy_in_us: Of every launch.
+        kernel_us: Of every launch.
+        copy_out_us: Of every launch, until its last answer was handed over.
+    """
+
+    max_batch_size: int
+    num_launches: int
+    num_steps: int
+    num_entries: int
+    num_tokens: int
+    queue_us: int
+    copy_in_us: int
+    kernel_us: int
+    copy_out_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """A model's blocks.
+
+    Attributes:
+        num_blocks: Blocks in the pool.
+        num_free_blocks: Blocks that no session holds.
+    """
+
+    num_blocks: int
+    num_free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStats:
+    """What the server has done since its start, in totals that only grow, and what it held when it was asked.
+
+    Attributes:
+        num_steps: Steps that launches ran, messages of appends among them.
+        num_appended_tokens: Tokens stored, once for each layer.
+        launches: Launches by batch size, ascending; sizes that never ran are left out.
+        received_bytes: Bytes of the messages that the server received.
+        sent_bytes: Bytes of the messages that it sent.
+        refusals: Refused calls, steps and entries, by reason; reasons that never came up are left out.
+        num_queued: Steps, truncates and closes that waited for their turn.
+        max_queued_steps: How many may be queued before a step is refused with QueueFull.
+        num_sessions: Open sessions.
+        num_streams: Open streams.
+        max_streams: Streams that may be open.
+        pools: Blocks by model, in the order of the server's configuration.
+    """
+
+    num_steps: int
+    num_appended_tokens: int
+    launches: tuple[LaunchStats, ...]
+    received_bytes: int
+    sent_bytes: int
+    refusals: Mapping[str, int]
+    num_queued: int
+    max_queued_steps: int
+    num_sessions: int
+    num_streams: int
+    max_streams: int
+    pools: Mapping[str, PoolStats]
+
+
+@dataclass(frozen=True, slots=True)
 class SessionState:
     """A session as the server reported it.
 

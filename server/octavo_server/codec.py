@@ -15,6 +15,7 @@ from octavo_server.backends.base import HostArray
 from octavo_server.errors import Reason, mismatch
 from octavo_server.model_pool import ModelPool
 from octavo_server.session import SessionState
+from octavo_server.stats import ServerStats
 from octavo_server.status import to_status
 from octavo_server.step import StepAnswer, StepRequest
 
@@ -160,4 +161,23 @@ def write_model(pool: ModelPool) -> v1.Model:
         soft_cap=spec.soft_cap,
         sinks=[] if spec.sinks is None else spec.sinks.ravel().tolist(),
         deterministic=spec.deterministic,
+    )
+
+
+def write_stats(stats: ServerStats) -> v1.ServerStatsResponse:
+    """Return a server's totals as a message."""
+    engine = stats.engine
+    return v1.ServerStatsResponse(
+        num_steps=engine.num_steps,
+        num_appended_tokens=engine.num_appended_tokens,
+        launches=[v1.LaunchStats(**launch._asdict()) for launch in engine.launches],
+        received_bytes=stats.received_bytes,
+        sent_bytes=stats.sent_bytes,
+        refusals=stats.refusals,
+        num_queued=engine.num_queued,
+        max_queued_steps=engine.max_queued_steps,
+        num_sessions=engine.num_sessions,
+        num_streams=stats.num_streams,
+        max_streams=stats.max_streams,
+        pools=[v1.PoolStats(**pool._asdict()) for pool in engine.pools],
     )

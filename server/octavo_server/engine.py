@@ -30,7 +30,7 @@ from octavo_server.queued import Queued, QueuedChange, QueuedStep, expired, refu
 from octavo_server.scheduler import Scheduler
 from octavo_server.session import Session, SessionState
 from octavo_server.session_store import SessionStore
-from octavo_server.stats import LaunchTimes
+from octavo_server.stats import EngineStats, LaunchTimes, LaunchTotals, PoolStats
 from octavo_server.step import StepAnswer, StepRequest, check_entries, check_tensors
 from octavo_server.work import WHOLE_SESSION, WorkItem, WorkKey
 
@@ -69,6 +69,7 @@ class Engine:
         self._sessions = sessions
         self._on_failure = on_failure
         self._max_queued_steps = max_queued_steps
+        self._totals = LaunchTotals()
         self._scheduler: Scheduler[Queued] = Scheduler(MAX_BATCH_TOKENS, MAX_PROMPT_TOKENS)
         self._changed = threading.Condition()
         self._is_busy = self._is_draining = self._is_stopped = self._has_failed = False
@@ -108,6 +109,21 @@ class Engine:
     def num_sessions(self) -> int:
         """Open sessions."""
         return len(self._sessions)
+
+    def stats(self) -> EngineStats:
+        """Return what was done since the start, and what is held now."""
+        with self._changed:
+            return EngineStats(
+                launches=self._totals.stats(),
+                num_appended_tokens=self._totals.num_appended_tokens,
+                num_queued=len(self._scheduler),
+                max_queued_steps=self._max_queued_steps,
+                num_sessions=len(self._sessions),
+                pools=tuple(
+                    PoolStats(name, pool.blocks.num_blocks, pool.blocks.num_free)
+                    for name, pool in self.pools.items()
+                ),
+            )
 
     def open_session(self, model: str, request_id: str) -> SessionState:
         """Open a session, or return the one that `request_id` opened before.
@@ -307,9 +323,11 @@ class Engine:
             batch = build_batch(entries, pool.spec.block_size)
         requests = [step.request for step in steps]
         outcome = run_launch(self._backend, pool.cache, requests, entries, batch, times)
-        times.num_entries, times.num_tokens = len(entries), int(batch.token_starts[-1])
+        times.num_steps, times.num_entries = len(steps), len(entries)
+        times.num_tokens = int(batch.token_starts[-1])
+        times.queued_s = len(steps) * times.began_at - sum(step.arrived_at for step in steps)
         with self._changed:
-            settle(entries, outcome)
+            totals = self._totals.add(times, settle(entries, outcome))
         first_row = 0
         for step, step_entries in zip(steps, admitted, strict=True):
             answer = answer_step(step.request, step_entries, outcome, first_row)
@@ -317,6 +335,8 @@ class Engine:
                 answer.stage_times = times.of_step(step.arrived_at, time.monotonic())
             step.answer(answer)
             first_row += sum(step.request.num_tokens)
+        # Only the thread that runs a launch writes here, and one runs at a time.
+        totals.copy_out_s += time.monotonic() - times.ran_at
 
     def _fail(self, error: Exception) -> None:
         with self._changed:

@@ -53,16 +53,21 @@ class LaunchEntry:
     admission: Admission = _REFUSED
     error: OctavoError | None = None
 
-    def settle(self, offence: Offence | None) -> None:
-        """Confirm or refuse what was admitted, by what the backend found in the entry's rows."""
+    def settle(self, offence: Offence | None) -> int:
+        """Confirm or refuse what was admitted, by what the backend found in the entry's rows.
+
+        Returns:
+            Tokens that are stored by it.
+        """
         if self.error is None and offence is not None:
             self.error = _offence_error(offence)
         if self.session is None or not self.admission.is_append:
-            return
+            return 0
         if self.error is None:
             self.session.confirm(self.layer)
-        else:
-            self.session.refuse(self.layer)
+            return self.num_tokens
+        self.session.refuse(self.layer)
+        return 0
 
 
 def admit_step(request: StepRequest, sessions: Sequence[Session | None]) -> list[LaunchEntry]:
@@ -127,10 +132,12 @@ def run_launch(
     return outcome
 
 
-def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> None:
-    """Confirm or refuse every entry."""
+def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> int:
+    """Confirm or refuse every entry; return the tokens that are stored by it."""
+    num_stored = 0
     for entry, code in zip(entries, outcome.offences.tolist(), strict=True):
-        entry.settle(Offence.unpack(code))
+        num_stored += entry.settle(Offence.unpack(code))
+    return num_stored
 
 
 def answer_step(

@@ -36,6 +36,7 @@ from octavo_server.service import (
     unary_handler,
 )
 from octavo_server.session_store import SessionStore
+from octavo_server.traffic import Traffic
 from octavo_server.version import software_version
 
 log = logging.getLogger(__name__)
@@ -296,18 +297,20 @@ def _create_grpc_server(
 def _health_handler(servicer: health.HealthServicer) -> grpc.GenericRpcHandler[Any, Any]:
     """Return health in threads of its own, whose calls must send their request like any other unary call."""
     reader = RequestReader(MAX_SILENT_CALLS)
+    # Health is no call of OctavoService: nobody asks for these counts.
+    traffic = Traffic()
     threads = ThreadPoolExecutor(
         MAX_SILENT_CALLS + HEALTH_THREADS, thread_name_prefix="octavo-health"
     )
 
     def watch(requests: Iterator[bytes], context: grpc.ServicerContext, respond: Any) -> None:
         data = reader.read(requests, context)
-        with refusing(context):
+        with refusing(context, traffic):
             servicer.Watch(codec.parse(health_pb2.HealthCheckRequest, data), context, respond)
 
     # A watch answers from the threads that change the health, and holds none between.
     watch.experimental_non_blocking = True  # type: ignore[attr-defined]
-    check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, threads)
+    check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, traffic, threads)
     watch_handler = grpc.stream_stream_rpc_method_handler(
         run_in(threads, watch),
         response_serializer=health_pb2.HealthCheckResponse.SerializeToString,

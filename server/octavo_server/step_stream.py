@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
 import grpc
@@ -30,6 +30,7 @@ class StepStream:
         requests: Messages of the stream, unparsed.
         context: The call.
         max_steps_in_flight: Steps accepted before a result goes out.
+        count_refusals: Told of every answer.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class StepStream:
         requests: Iterator[bytes],
         context: grpc.ServicerContext,
         max_steps_in_flight: int,
+        count_refusals: Callable[[StepAnswer], None],
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._context = context
+        self._count_refusals = count_refusals
         self._slots = threading.Semaphore(max_steps_in_flight)
         self._responses: SimpleQueue[v1.DecodeResponse | None] = SimpleQueue()
         self._num_read = 0
@@ -111,6 +114,7 @@ class StepStream:
             self._respond(step_id, StepAnswer(error=defect))
 
     def _respond(self, step_id: int, answer: StepAnswer) -> None:
+        self._count_refusals(answer)
         response = v1.DecodeResponse()
         codec.write_answer(response.result, step_id, answer)
         self._responses.put(response)

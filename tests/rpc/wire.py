@@ -127,12 +127,14 @@ class Wire:
     @property
     def num_free_streams(self) -> int:
         """Streams that the server would take now."""
-        return self.server._service.streams._slots._value
+        streams = self.server._service.streams
+        return streams.limit - streams.num_open
 
     @property
     def num_free_calls(self) -> int:
         """Waiting unary calls that the server would take now."""
-        return self.server._service._waiting_calls._slots._value
+        calls = self.server._service._waiting_calls
+        return calls.limit - calls.num_open
 
     def draw(self, num_tokens: int, num_heads: int) -> NDArray[np.float32]:
         """Return random rows."""

@@ -499,3 +499,41 @@ def test_clients_take_turns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
     _held, shared, rest = bench.backend.batches
     assert shared.block_tables[:, 0].tolist() == [0, 1]
     assert (shared.layers.tolist(), rest.layers.tolist()) == ([0, 0], [1])
+
+
+def test_the_totals_have_every_launch_before_it_is_answered(bench: Bench) -> None:
+    first, second = bench.open(), bench.open()
+    bench.run(step((first, 0, 0, 3), (first, 1, 0, 2), step_key=7))
+    bench.hold()
+    bad = step((second, 0, 0, 4), (second, 1, 0, 1))
+    assert bad.v is not None
+    bad.v[0, 0, 0] = np.nan
+    answers = [bench.submit(step((first, 0, 3, 1))), bench.submit(bad)]
+    assert bench.engine.stats().num_queued == 2
+    bench.backend.may_run.set()
+    for answer in answers:
+        answer.get(timeout=WAIT_S)
+    bench.run(step((first, 0, 3, 1), has_kv=False))
+    stats = bench.engine.stats()
+    shapes = [launch[:5] for launch in stats.launches]
+    assert shapes == [(1, 2, 2, 2, 2), (2, 1, 1, 2, 5), (4, 1, 2, 3, 6)]
+    assert (stats.num_steps, stats.num_appended_tokens) == (5, 3 + 2 + 1 + 1 + 1)
+    assert (stats.num_queued, stats.max_queued_steps, stats.num_sessions) == (0, 100, 3)
+    assert stats.pools == (("tiny", 10, 8), ("other", 10, 9))
+
+
+def test_what_steps_waited_and_took_adds_up(bench: Bench) -> None:
+    handle = bench.open()
+    bench.hold()
+    answer = bench.submit(step((handle, 0, 0, 1), (handle, 1, 0, 1), return_stage_times=True))
+    time.sleep(0.005)
+    bench.backend.may_run.set()
+    times = answer.get(timeout=WAIT_S).stage_times
+    assert times is not None
+    launch = bench.engine.stats().launches[-1]
+    assert (launch.queue_us, launch.copy_in_us, launch.kernel_us) == (
+        times.queue_us,
+        times.copy_in_us,
+        times.kernel_us,
+    )
+    wait_until(lambda: bench.engine.stats().launches[-1].copy_out_us >= times.copy_out_us)

@@ -101,6 +101,77 @@ class ServerInfoResponse(_message.Message):
     max_sessions: int
     def __init__(self, version: _Optional[str] = ..., incarnation: _Optional[str] = ..., backend: _Optional[str] = ..., backend_description: _Optional[str] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., max_message_bytes: _Optional[int] = ..., max_steps_in_flight: _Optional[int] = ..., num_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ...) -> None: ...
 
+class ServerStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServerStatsResponse(_message.Message):
+    __slots__ = ("num_steps", "num_appended_tokens", "launches", "received_bytes", "sent_bytes", "refusals", "num_queued", "max_queued_steps", "num_sessions", "num_streams", "max_streams", "pools")
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_APPENDED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAUNCHES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    num_appended_tokens: int
+    launches: _containers.RepeatedCompositeFieldContainer[LaunchStats]
+    received_bytes: int
+    sent_bytes: int
+    refusals: _containers.ScalarMap[str, int]
+    num_queued: int
+    max_queued_steps: int
+    num_sessions: int
+    num_streams: int
+    max_streams: int
+    pools: _containers.RepeatedCompositeFieldContainer[PoolStats]
+    def __init__(self, num_steps: _Optional[int] = ..., num_appended_tokens: _Optional[int] = ..., launches: _Optional[_Iterable[_Union[LaunchStats, _Mapping]]] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., num_queued: _Optional[int] = ..., max_queued_steps: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_streams: _Optional[int] = ..., max_streams: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStats, _Mapping]]] = ...) -> None: ...
+
+class LaunchStats(_message.Message):
+    __slots__ = ("max_batch_size", "num_launches", "num_steps", "num_entries", "num_tokens", "queue_us", "copy_in_us", "kernel_us", "copy_out_us")
+    MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAUNCHES_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    COPY_IN_US_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_US_FIELD_NUMBER: _ClassVar[int]
+    COPY_OUT_US_FIELD_NUMBER: _ClassVar[int]
+    max_batch_size: int
+    num_launches: int
+    num_steps: int
+    num_entries: int
+    num_tokens: int
+    queue_us: int
+    copy_in_us: int
+    kernel_us: int
+    copy_out_us: int
+    def __init__(self, max_batch_size: _Optional[int] = ..., num_launches: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_entries: _Optional[int] = ..., num_tokens: _Optional[int] = ..., queue_us: _Optional[int] = ..., copy_in_us: _Optional[int] = ..., kernel_us: _Optional[int] = ..., copy_out_us: _Optional[int] = ...) -> None: ...
+
+class PoolStats(_message.Message):
+    __slots__ = ("model", "num_blocks", "num_free_blocks")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    num_blocks: int
+    num_free_blocks: int
+    def __init__(self, model: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ...) -> None: ...
+
 class OpenSessionRequest(_message.Message):
     __slots__ = ("model", "request_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]

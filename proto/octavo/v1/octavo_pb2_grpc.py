@@ -45,6 +45,11 @@ class OctavoServiceStub:
                 request_serializer=octavo_dot_v1_dot_octavo__pb2.ServerInfoRequest.SerializeToString,
                 response_deserializer=octavo_dot_v1_dot_octavo__pb2.ServerInfoResponse.FromString,
                 _registered_method=True)
+        self.ServerStats = channel.unary_unary(
+                '/octavo.v1.OctavoService/ServerStats',
+                request_serializer=octavo_dot_v1_dot_octavo__pb2.ServerStatsRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_octavo__pb2.ServerStatsResponse.FromString,
+                _registered_method=True)
         self.OpenSession = channel.unary_unary(
                 '/octavo.v1.OctavoService/OpenSession',
                 request_serializer=octavo_dot_v1_dot_octavo__pb2.OpenSessionRequest.SerializeToString,
@@ -98,6 +103,14 @@ class OctavoServiceServicer:
 
     def ServerInfo(self, request, context):
         """Describes the server: backend, limits, and the models it caches for. Changes nothing; safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ServerStats(self, request, context):
+        """Tells what the server has done since its start, in totals that only grow, and what it holds at this moment. Changes
+        nothing; safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,6 +195,11 @@ def add_OctavoServiceServicer_to_server(servicer, server):
                     request_deserializer=octavo_dot_v1_dot_octavo__pb2.ServerInfoRequest.FromString,
                     response_serializer=octavo_dot_v1_dot_octavo__pb2.ServerInfoResponse.SerializeToString,
             ),
+            'ServerStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.ServerStats,
+                    request_deserializer=octavo_dot_v1_dot_octavo__pb2.ServerStatsRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_octavo__pb2.ServerStatsResponse.SerializeToString,
+            ),
             'OpenSession': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenSession,
                     request_deserializer=octavo_dot_v1_dot_octavo__pb2.OpenSessionRequest.FromString,
@@ -256,6 +274,33 @@ class OctavoService:
             '/octavo.v1.OctavoService/ServerInfo',
             octavo_dot_v1_dot_octavo__pb2.ServerInfoRequest.SerializeToString,
             octavo_dot_v1_dot_octavo__pb2.ServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ServerStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.OctavoService/ServerStats',
+            octavo_dot_v1_dot_octavo__pb2.ServerStatsRequest.SerializeToString,
+            octavo_dot_v1_dot_octavo__pb2.ServerStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,
