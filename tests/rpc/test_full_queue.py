@@ -1,10 +1,11 @@
-"""A full queue: what it refuses, and what the clients make of it."""
+"""A queue that fills up: whose turn it is, what is refused, and what the clients make of that."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import octavo_client as oc
 from octavo import v1
 from octavo_client import _append
+from octavo_server import engine as engine_module
 from tests.rpc.checked_session import Checked, draw_prompt, draw_step
 from tests.rpc.conftest import serving
 from tests.rpc.wire import CALL_TIMEOUT_S, MODEL, Wire, refusal_of, refusal_of_call, unharmed
@@ -113,3 +115,35 @@ def test_an_asyncio_client_does_the_same(wire: Wire, refusals: list[oc.OctavoErr
 
     with oc.Client(wire.address) as filler:
         asyncio.run(main(filler))
+
+
+def test_a_flood_of_one_stream_leaves_the_others_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_module, "MAX_BATCH_TOKENS", 2)
+    with serving() as wire:
+        flooding, other = [wire.open() for _ in range(2)], wire.open()
+        with wire.stream() as flood, wire.stream() as late:
+            with wire.busy():
+                for caching, layer in product(flooding, range(2)):
+                    flood.send(wire.step((caching, layer, 1), return_stage_times=True))
+                wire.wait_for_queued(4)
+                late.send(wire.step((other, 0, 1), return_stage_times=True))
+                wire.wait_for_queued(5)
+            assert late.receive().stage_times.batch_size == 2
+            sizes = [flood.receive().stage_times.batch_size for _ in range(4)]
+            assert sizes == [2, 2, 2, 1]
+
+
+def test_every_call_is_a_client_of_its_own(wire: Wire) -> None:
+    cachings = [wire.open() for _ in range(2)]
+    with wire.busy():
+        step = v1.DecodeOnceRequest(step=wire.step((cachings[0], 0, 1)))
+        once = wire.stub.DecodeOnce.future(step, timeout=CALL_TIMEOUT_S)
+        k = wire.step((cachings[1], 0, 1)).k
+        message = v1.AppendRequest(session_handle=cachings[1].handle, num_tokens=1, k=k, v=k)
+        append = wire.stub.Append.future(iter([message]), timeout=CALL_TIMEOUT_S)
+        wire.wait_for_queued(2)
+        assert len({item.client for item in wire.queue} | {None}) == 3
+    assert once.result() is not None
+    assert append.result().num_messages == 1
