@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Generic, NamedTuple
 
-from octavo_server.work import Payload, QueuedWork, WorkItem
+from octavo_server.work import Payload, QueuedWork, WorkItem, WorkKey
 from octavo_server.work_lanes import WorkLanes
 from octavo_server.work_order import Deadlines, WorkOrder
 
@@ -86,8 +86,9 @@ class Scheduler(Generic[Payload]):
 
         The caller runs the batch to its end before it asks again. Cancelled work is dropped when its turn comes.
         """
-        if not self._queued and len(self._arrived) == 1:
-            return _turn_of_one(self._arrived.pop(), now)
+        if not self._queued and self._can_share():
+            arrived, self._arrived = self._arrived, []
+            return _turn_of(arrived, now)
         for item in self._arrived:
             self._enter(item)
         self._arrived.clear()
@@ -96,6 +97,22 @@ class Scheduler(Generic[Payload]):
         for work in taken:
             self._leave(work)
         return Turn([work.item.payload for work in taken], expired)
+
+    def _can_share(self) -> bool:
+        """Whether all that has arrived can run in one launch, so that nothing of it need be kept: the common case."""
+        if len(self._arrived) <= 1:
+            return True
+        first = self._arrived[0]
+        room = (self._prompts if first.is_prompt else self._decodes).max_tokens
+        touched: set[WorkKey] = set()
+        num_keys = 0
+        for item in self._arrived:
+            room -= item.num_tokens
+            if room < 0 or item.batch_key != first.batch_key or item.is_prompt != first.is_prompt:
+                return False
+            touched |= item.keys
+            num_keys += len(item.keys)
+        return first.batch_key is not None and num_keys == len(touched)
 
     def _enter(self, item: WorkItem[Payload]) -> None:
         self._num_arrived += 1
@@ -147,8 +164,10 @@ class Scheduler(Generic[Payload]):
             (self._prompts if work.item.is_prompt else self._decodes).add(work)
 
 
-def _turn_of_one(item: WorkItem[Payload], now: float) -> Turn[Payload]:
-    """Return the turn of work that came alone: nothing of it needs to be kept."""
-    if item.is_cancelled():
-        return Turn([], [])
-    return Turn([], [item.payload]) if item.deadline <= now else Turn([item.payload], [])
+def _turn_of(items: Iterable[WorkItem[Payload]], now: float) -> Turn[Payload]:
+    """Return the turn of work that runs together, unless it expired or was cancelled."""
+    turn: Turn[Payload] = Turn([], [])
+    for item in items:
+        if not item.is_cancelled():
+            (turn.expired if item.deadline <= now else turn.batch).append(item.payload)
+    return turn

@@ -19,7 +19,7 @@ class WorkLanes(Generic[Payload]):
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         # The next ring, and in it the next client, come first.
         self._rings: dict[Hashable, dict[Hashable, deque[QueuedWork[Payload]]]] = {}
 
@@ -45,7 +45,7 @@ class WorkLanes(Generic[Payload]):
         taken: list[QueuedWork[Payload]] = []
         cancelled: list[QueuedWork[Payload]] = []
         left = {}
-        room = self._max_tokens
+        room = self.max_tokens
         while round_:
             client, lane = round_.popleft()
             cancelled += _drop_cancelled(lane)

@@ -487,7 +487,7 @@ def only_kv(handle: int, num_tokens: int) -> StepRequest:
 
 
 def test_clients_take_turns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.engine._scheduler._decodes, "_max_tokens", 2)
+    monkeypatch.setattr(bench.engine._scheduler._decodes, "max_tokens", 2)
     flooding, other = bench.open(), bench.open()
     bench.hold()
     for layer in range(2):
