@@ -31,6 +31,7 @@ from octavo_client._types import (
     Entry,
     Model,
     ServerInfo,
+    ServerStats,
     SessionState,
     StepOptions,
 )
@@ -38,6 +39,7 @@ from octavo_client._wire import (
     PAGE_SIZE,
     open_request,
     read_server_info,
+    read_server_stats,
     read_session,
     truncate_request,
 )
@@ -85,6 +87,10 @@ class AsyncClient:
         response = await self._call(_retry.SERVER_INFO, pb.ServerInfoRequest())
         self._info = read_server_info(response)
         return self._info
+
+    async def server_stats(self) -> ServerStats:
+        """Return what the server has done since its start, and what it holds now."""
+        return read_server_stats(await self._call(_retry.SERVER_STATS, pb.ServerStatsRequest()))
 
     async def open_session(self, model: str) -> AsyncSession:
         """Open an empty session of a model; as Client.open_session."""
@@ -195,7 +201,8 @@ class AsyncClient:
                     self._forget_info()
                 error = plan.resumable(error)
                 await asyncio.sleep(attempts.delay_after(error, time.monotonic()))
-                plan.resume((await self.get_session(mirror.session_id)).lengths, error)
+                if plan.resume((await self.get_session(mirror.session_id)).lengths, error):
+                    attempts.succeeded()
                 continue
             attempts.succeeded()
             plan.on_stored()

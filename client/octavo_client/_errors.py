@@ -124,7 +124,10 @@ class StreamLimit(_LimitReached):
 
 
 class QueueFull(_LimitReached):
-    """The server's queue of steps is full."""
+    """The server's queue of steps is full, or too many unary calls wait; try again after `retry_after_s`.
+
+    A step is not sent again by itself: nothing of it was applied, and steps sent after it may have been.
+    """
 
 
 class _BadRequest(RefusedError):

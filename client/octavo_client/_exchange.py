@@ -17,6 +17,7 @@ from octavo_client._errors import (
     InterruptedCall,
     MessageTooLarge,
     OctavoError,
+    QueueFull,
     RefusedError,
     StepExpired,
 )
@@ -198,9 +199,9 @@ def _encode_one(step: _Step, now: float) -> bytes:
 
 def _outcome(step: _Step, result: Result, refusal: RefusedError | None) -> Outcome:
     job = step.payload
-    if isinstance(refusal, StepExpired) and step.has_kv and step.was_cut:
-        # Only this sending expired; the one that the connection cut off may have run.
-        return _failed(step, timed_out(job.draft, may_be_applied=True))
+    if isinstance(refusal, (StepExpired, QueueFull)) and step.has_kv and step.was_cut:
+        # Only this sending was refused; the one that the connection cut off may have run.
+        return _failed(step, _unknown_fate(job, refusal))
     if refusal is not None:
         return _failed(step, refusal)
     try:
@@ -209,6 +210,14 @@ def _outcome(step: _Step, result: Result, refusal: RefusedError | None) -> Outco
     except Exception as error:
         own = error if isinstance(error, OctavoError) else _error_for(step, unexpected(error))
         return _failed(step, own)
+
+
+def _unknown_fate(job: Job, refusal: RefusedError) -> OctavoError:
+    if isinstance(refusal, StepExpired):
+        return timed_out(job.draft, may_be_applied=True)
+    error = ConnectionLost("the connection broke, and then the queue was full", may_be_applied=True)
+    error.__cause__ = refusal
+    return error
 
 
 def _failed(step: _Step, error: OctavoError) -> Outcome:

@@ -24,7 +24,7 @@ from octavo_client._mirror import Mirror
 from octavo_client._status import error_from_status
 from octavo_client._tensors import HostArray, ToCaller
 from octavo_client._types import BatchResult, Model, StepOptions
-from octavo_client._wire import check_span, random_key
+from octavo_client._wire import check_span, random_key, read_stage_times
 
 _FIELDS = {
     "q": pb.Step.Q_FIELD_NUMBER,
@@ -32,7 +32,7 @@ _FIELDS = {
     "v": pb.Step.V_FIELD_NUMBER,
 }
 
-_FLAGS = ("causal", "return_lse")
+_FLAGS = ("causal", "return_lse", "stage_times")
 _OPTIONS = frozenset(StepOptions.__annotations__)
 
 _MAX_START_POS_BYTES = 5
@@ -117,7 +117,8 @@ class Draft:
         """
         errors = {e.entry_idx: error_from_status(e.error) for e in result.head.entry_errors}
         self._settle(errors)
-        return BatchResult(*self._arrays(result), errors, self._slices())
+        times = read_stage_times(result.head)
+        return BatchResult(*self._arrays(result), errors, self._slices(), times)
 
     def fail(self, error: OctavoError) -> None:
         """Note that the whole step failed; what its answer said before stays."""
@@ -289,6 +290,7 @@ def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bo
         layers=[placement.layer for placement in placements],
         num_tokens=[placement.num_tokens for placement in placements],
         return_lse=bool(options.get("return_lse", False)),
+        return_stage_times=bool(options.get("stage_times", False)),
     )
     if not options.get("causal", True):
         header.causal = False

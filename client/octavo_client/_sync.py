@@ -27,6 +27,7 @@ from octavo_client._types import (
     BatchResult,
     Entry,
     ServerInfo,
+    ServerStats,
     SessionState,
     StepOptions,
 )
@@ -34,6 +35,7 @@ from octavo_client._wire import (
     PAGE_SIZE,
     open_request,
     read_server_info,
+    read_server_stats,
     read_session,
 )
 
@@ -80,6 +82,10 @@ class Client:
         response = self._call(_retry.SERVER_INFO, pb.ServerInfoRequest())
         self._info = read_server_info(response)
         return self._info
+
+    def server_stats(self) -> ServerStats:
+        """Return what the server has done since its start, and what it holds now."""
+        return read_server_stats(self._call(_retry.SERVER_STATS, pb.ServerStatsRequest()))
 
     def open_session(self, model: str) -> Session:
         """Open an empty session of a model.
@@ -257,7 +263,8 @@ class Client:
                     self._forget_info()
                 error = plan.resumable(error)
                 time.sleep(attempts.delay_after(error, time.monotonic()))
-                plan.resume(self.get_session(mirror.session_id).lengths, error)
+                if plan.resume(self.get_session(mirror.session_id).lengths, error):
+                    attempts.succeeded()
                 continue
             attempts.succeeded()
             plan.on_stored()

@@ -21,8 +21,10 @@ from octavo.v1.tensor_fields import (
     tensor_of,
 )
 from octavo_server.backends.base import HostArray
-from octavo_server.engine import ModelPool, SessionState
 from octavo_server.errors import Reason, mismatch
+from octavo_server.model_pool import ModelPool
+from octavo_server.session import SessionState
+from octavo_server.stats import ServerStats
 from octavo_server.status import to_status
 from octavo_server.step import StepAnswer, StepRequest
 
@@ -145,6 +147,7 @@ def read_step(step: v1.Step, tensors: Tensors) -> StepRequest:
         timeout_ms=step.timeout_ms,
         return_lse=step.return_lse,
         is_causal=step.causal if step.HasField("causal") else True,
+        return_stage_times=step.return_stage_times,
         **arrays,
     )
 
@@ -191,6 +194,8 @@ def _result_parts(step_id: int, answer: StepAnswer) -> list[bytes | memoryview]:
         head.error.CopyFrom(to_status(answer.error))
     for entry_idx, error in sorted(answer.entry_errors.items()):
         head.entry_errors.add(entry_idx=entry_idx, error=to_status(error))
+    if answer.stage_times is not None:
+        head.stage_times.CopyFrom(v1.StageTimes(**answer.stage_times._asdict()))
     arrays = {}
     if answer.out is not None:
         arrays[v1.StepResult.OUT_FIELD_NUMBER] = answer.out
@@ -228,4 +233,23 @@ def write_model(pool: ModelPool) -> v1.Model:
         soft_cap=spec.soft_cap,
         sinks=[] if spec.sinks is None else spec.sinks.ravel().tolist(),
         deterministic=spec.deterministic,
+    )
+
+
+def write_stats(stats: ServerStats) -> v1.ServerStatsResponse:
+    """Return a server's totals as a message."""
+    engine = stats.engine
+    return v1.ServerStatsResponse(
+        num_steps=engine.num_steps,
+        num_appended_tokens=engine.num_appended_tokens,
+        launches=[v1.LaunchStats(**launch._asdict()) for launch in engine.launches],
+        received_bytes=stats.received_bytes,
+        sent_bytes=stats.sent_bytes,
+        refusals=stats.refusals,
+        num_queued=engine.num_queued,
+        max_queued_steps=engine.max_queued_steps,
+        num_sessions=engine.num_sessions,
+        num_streams=stats.num_streams,
+        max_streams=stats.max_streams,
+        pools=[v1.PoolStats(**pool._asdict()) for pool in engine.pools],
     )

@@ -123,6 +123,11 @@ class ModelConfig:
     memory: MemorySize | None = None
 
 
+DEFAULT_MAX_QUEUED_STEPS = 1024
+"""Sixteen steps of each of 64 streams. Of one session of an 8B model they hold 12 MiB, of 64 sessions 0.75 GiB; in a
+longer queue they would only wait longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """What `octavo-server serve` runs: the server's keys, and its models."""
@@ -142,6 +147,11 @@ class ServerConfig:
     max_streams: int = setting(64, integer(1, 4096), "Most Decode and Append streams at a time.")
     max_steps_in_flight: int = setting(
         32, integer(1, 4096), "Steps of one stream that are worked on before more are read."
+    )
+    max_queued_steps: int = setting(
+        DEFAULT_MAX_QUEUED_STEPS,
+        integer(1, 2**20),
+        "Most steps that wait for their launch; one more is refused.",
     )
     max_unary_calls: int = setting(64, integer(1, 1024), "Most unary calls at a time.")
     max_message_bytes: int = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from octavo_server.backends.base import (
 )
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.session import Admission, AppendRecord, Session
+from octavo_server.stats import LaunchTimes
 from octavo_server.step import StepAnswer, StepRequest
 
 NO_SLOT = -1
@@ -54,16 +56,21 @@ class LaunchEntry:
     admission: Admission = _REFUSED
     error: OctavoError | None = None
 
-    def settle(self, offence: Offence | None) -> None:
-        """Confirm or refuse what was admitted, by what the backend found in the entry's rows."""
+    def settle(self, offence: Offence | None) -> int:
+        """Confirm or refuse what was admitted, by what the backend found in the entry's rows.
+
+        Returns:
+            Tokens that are stored by it.
+        """
         if self.error is None and offence is not None:
             self.error = _offence_error(offence)
         if self.session is None or not self.admission.is_append:
-            return
+            return 0
         if self.error is None:
             self.session.confirm(self.layer)
-        else:
-            self.session.refuse(self.layer)
+            return self.num_tokens
+        self.session.refuse(self.layer)
+        return 0
 
 
 def admit_step(request: StepRequest, sessions: Sequence[Session | None]) -> list[LaunchEntry]:
@@ -108,8 +115,12 @@ def run_launch(
     requests: Sequence[StepRequest],
     entries: Sequence[LaunchEntry],
     batch: RaggedBatch,
+    times: LaunchTimes,
 ) -> StepOutput:
-    """Run a batch on the backend: copy shared blocks, append, attend; each only where it has a use."""
+    """Run a batch on the backend: copy shared blocks, append, attend; each only where it has a use.
+
+    Notes in `times` when the backend was called and when it returned.
+    """
     copies = [copy for entry in entries for copy in entry.admission.copies]
     if copies:
         backend.copy_blocks(cache, copies)
@@ -126,13 +137,18 @@ def run_launch(
         assert v is not None, "a step that appends has both"
         kv = k, v
     return_lse = any(request.return_lse for request in requests)
-    return backend.step(cache, batch, q, kv, return_lse=return_lse)
+    times.staged_at = time.monotonic()
+    outcome = backend.step(cache, batch, q, kv, return_lse=return_lse)
+    times.ran_at = time.monotonic()
+    return outcome
 
 
-def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> None:
-    """Confirm or refuse every entry."""
+def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> int:
+    """Confirm or refuse every entry; return the tokens that are stored by it."""
+    num_stored = 0
     for entry, code in zip(entries, outcome.offences.tolist(), strict=True):
-        entry.settle(Offence.unpack(code))
+        num_stored += entry.settle(Offence.unpack(code))
+    return num_stored
 
 
 def answer_step(

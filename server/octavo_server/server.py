@@ -22,8 +22,9 @@ from octavo_server.backends.base import Backend, UnsupportedError, alloc_paged_i
 from octavo_server.backends.registry import create_backend
 from octavo_server.block_pool import BlockPool
 from octavo_server.config import ModelConfig, ServerConfig
-from octavo_server.engine import Engine, ModelPool
+from octavo_server.engine import Engine
 from octavo_server.model import ModelSpec
+from octavo_server.model_pool import ModelPool
 from octavo_server.request_reader import RequestReader
 from octavo_server.service import (
     SERVICE_NAME,
@@ -37,6 +38,7 @@ from octavo_server.service import (
     unary_handler,
 )
 from octavo_server.session_store import SessionStore
+from octavo_server.traffic import Traffic
 from octavo_server.version import software_version
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class Server:
         pools = _alloc_pools(backend, config.models)
         sessions = SessionStore(incarnation, config.max_sessions)
         self._health = health.HealthServicer()
-        self._engine = Engine(backend, pools, sessions, on_failure=self._fail)
+        self._engine = Engine(backend, pools, sessions, self._fail, config.max_queued_steps)
         identity = Identity(
             software_version(), incarnation, backend.name, backend.description, config.max_sessions
         )
@@ -304,16 +306,18 @@ def _create_grpc_server(
 def _health_handler(servicer: health.HealthServicer) -> grpc.GenericRpcHandler[Any, Any]:
     """Return health in threads of its own, whose calls must send their request like any other unary call."""
     reader = RequestReader(MAX_SILENT_CALLS)
+    # Health is no call of OctavoService: nobody asks for these counts.
+    traffic = Traffic()
     threads = ThreadPoolExecutor(
         MAX_SILENT_CALLS + HEALTH_THREADS, thread_name_prefix="octavo-health"
     )
 
     def watch(requests: Iterator[bytes], context: grpc.ServicerContext, respond: Any) -> None:
         data = reader.read(requests, context)
-        with refusing(context):
+        with refusing(context, traffic):
             servicer.Watch(codec.parse(health_pb2.HealthCheckRequest, data), context, respond)
 
-    check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, threads)
+    check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, traffic, threads)
     # A watch answers from the threads that change the health, and holds none between.
     watch_handler = grpc.stream_stream_rpc_method_handler(
         run_in(threads, responding(watch)),

@@ -38,6 +38,16 @@ class Admission(NamedTuple):
     copies: tuple[tuple[int, int], ...] = ()
 
 
+class SessionState(NamedTuple):
+    """A session at one moment."""
+
+    session_id: str
+    handle: int
+    model: str
+    lengths: tuple[int, ...]
+    num_blocks: int
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """The cached tokens of one sequence.
@@ -68,6 +78,16 @@ class Session:
     def __post_init__(self) -> None:
         self.lengths = [0] * self.spec.num_layers
         self._last_appends = [None] * self.spec.num_layers
+
+    def state(self) -> SessionState:
+        """Return the session as it is now."""
+        return SessionState(
+            self.session_id,
+            self.handle,
+            self.spec.name,
+            tuple(self.lengths),
+            len(self.block_table),
+        )
 
     @property
     def max_tokens(self) -> int:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from octavo_server.backends.base import HostArray
 from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.model import ModelSpec
+from octavo_server.stats import StageTimes
 
 
 class StepRequest(NamedTuple):
@@ -29,6 +30,7 @@ class StepRequest(NamedTuple):
         timeout_ms: Longest wait in the queue; 0 = for ever.
         return_lse: Whether the answer carries the log-sum-exp.
         is_causal: Whether token i attends to [0, start_pos + i], else to the whole cache.
+        return_stage_times: Whether the answer says what the step cost.
     """
 
     handles: Sequence[int]
@@ -42,6 +44,7 @@ class StepRequest(NamedTuple):
     timeout_ms: int = 0
     return_lse: bool = False
     is_causal: bool = True
+    return_stage_times: bool = False
 
     @property
     def num_entries(self) -> int:
@@ -69,12 +72,14 @@ class StepAnswer:
         lse: [total_tokens, num_q_heads] float32 when asked for.
         entry_errors: Why an entry was refused, by entry index.
         error: Why the whole step was refused.
+        stage_times: What the step cost, when asked for and a launch ran it.
     """
 
     out: HostArray | None = None
     lse: NDArray[np.float32] | None = None
     entry_errors: dict[int, OctavoError] = field(default_factory=dict)
     error: OctavoError | None = None
+    stage_times: StageTimes | None = None
 
 
 MAX_ENTRIES = 4096

@@ -41,6 +41,7 @@ class StepStream:
         context: The call.
         respond: Sends results; one thread at a time.
         max_steps_in_flight: Steps accepted before a result goes out.
+        count_refusals: Told of every answer.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class StepStream:
         context: grpc.ServicerContext,
         respond: Respond,
         max_steps_in_flight: int,
+        count_refusals: Callable[[StepAnswer], None],
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._context = context
         self._respond = respond
+        self._count_refusals = count_refusals
         self._slots = threading.Semaphore(max_steps_in_flight)
         self._own_answers: _Mailbox = SimpleQueue()
         self._answers: _Mailbox = SimpleQueue()
@@ -118,6 +121,7 @@ class StepStream:
                 lambda answer: answers.put((step_id, answer)),
                 lambda: self._is_over,
                 arrived_at,
+                client=self,
                 may_lead=is_awaited,
             )
         except OctavoError as error:
@@ -148,6 +152,7 @@ class StepStream:
                 self._send(*item)
 
     def _send(self, step_id: int, answer: StepAnswer) -> None:
+        self._count_refusals(answer)
         response = codec.encode_response(step_id, answer)
         with self._is_sending:
             self._respond(response)

@@ -329,6 +329,7 @@ def test_bytes_that_are_no_message_are_refused_on_every_call(wire: Wire, garbage
     with unharmed(wire):
         for name in (
             "ServerInfo",
+            "ServerStats",
             "OpenSession",
             "GetSession",
             "ListSessions",

@@ -56,7 +56,9 @@ def start_of(step: Draft) -> list[int]:
 
 def test_a_message_says_all_of_its_step() -> None:
     first, second = mirror(3, 5), mirror(8, 8, handle=12)
-    placed = draft((first, 1, 2, None), (second, 0, 1, 7), return_lse=True, causal=True)
+    placed = draft(
+        (first, 1, 2, None), (second, 0, 1, 7), return_lse=True, causal=True, stage_times=True
+    )
     placed.place()
     step = message_of(placed)
     assert list(step.session_handles) == [11, 12]
@@ -68,6 +70,7 @@ def test_a_message_says_all_of_its_step() -> None:
     assert list(step.q.shape) == [3, NUM_Q_HEADS, HEAD_DIM]
     assert step.v.data == rows(3, NUM_KV_HEADS).tobytes()
     assert step.return_lse
+    assert step.return_stage_times
     assert step.step_key != 0
     assert not step.HasField("causal")
     assert placed.keys == [(11, 1), (12, 0)]
@@ -155,7 +158,7 @@ def test_a_timeout_is_bounded(timeout: float) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"casual": False}, "no option casual; it has causal, return_lse, timeout"),
+        ({"casual": False}, "no option casual; it has causal, return_lse, stage_times, timeout"),
         ({"causal": None}, "causal must be True or False, got None"),
         ({"return_lse": 1}, "return_lse must be True or False, got 1"),
         ({"timeout": "3"}, "timeout must be a number of seconds, got '3'"),
@@ -313,6 +316,31 @@ def test_an_expiry_without_a_cut_is_the_servers_word() -> None:
     (error,) = [outcome.error for outcome in outcomes]
     assert isinstance(error, oc.StepExpired)
     assert (error.timeout_ms, session.lengths, session.is_stale) == (9, (0, 0), False)
+
+
+def test_a_full_queue_after_a_cut_leaves_the_fate_open() -> None:
+    session = mirror()
+    exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
+    exchange.on_broken()
+    exchange.on_open(1.0)
+    refusal = status("QUEUE_FULL", "RESOURCE_EXHAUSTED", 0.1, limit=2)
+    outcomes = exchange.on_result(result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0).outcomes
+    (error,) = [outcome.error for outcome in outcomes]
+    assert isinstance(error, oc.ConnectionLost)
+    assert isinstance(error.__cause__, oc.QueueFull)
+    assert error.may_be_applied
+    assert session.is_stale
+
+
+def test_a_full_queue_applies_nothing_and_says_when_to_come_back() -> None:
+    session = mirror()
+    exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
+    refusal = status("QUEUE_FULL", "RESOURCE_EXHAUSTED", 0.1, limit=2)
+    outcomes = exchange.on_result(result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0).outcomes
+    (error,) = [outcome.error for outcome in outcomes]
+    assert isinstance(error, oc.QueueFull)
+    assert (error.limit, error.retry_after_s) == (2, 0.1)
+    assert (session.lengths, session.is_stale) == ((0, 0), False)
 
 
 def test_giving_up_releases_the_next() -> None:

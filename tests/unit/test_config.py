@@ -100,6 +100,7 @@ def test_every_key_of_the_server_is_read(write_yaml: WriteYaml) -> None:
         "max_sessions": 4,
         "max_streams": 5,
         "max_steps_in_flight": 6,
+        "max_queued_steps": 7,
         "max_unary_calls": 8,
         "max_message_bytes": "1MiB",
         "drain_timeout_s": 2.5,
