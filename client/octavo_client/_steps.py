@@ -80,8 +80,8 @@ class Draft:
     @property
     def stale(self) -> list[Mirror]:
         """Mirrors to refresh before the step can be placed."""
-        relied_on = {p.mirror: None for p in self.placements if p.start_pos is None}
-        return [mirror for mirror in relied_on if mirror.is_stale]
+        stale = [p.mirror for p in self.placements if p.mirror.is_stale and p.start_pos is None]
+        return list(dict.fromkeys(stale))
 
     def place(self) -> None:
         """Fill in the positions and note what is now in flight.
@@ -115,10 +115,10 @@ class Draft:
         Raises:
             OctavoError: The server's answer makes no sense.
         """
-        errors = {e.entry_idx: error_from_status(e.error) for e in result.head.entry_errors}
+        head = result.head
+        errors = {e.entry_idx: error_from_status(e.error) for e in head.entry_errors}
         self._settle(errors)
-        times = read_stage_times(result.head)
-        return BatchResult(*self._arrays(result), errors, self._slices(), times)
+        return BatchResult(*self._arrays(result), errors, self._slices(), read_stage_times(head))
 
     def fail(self, error: OctavoError) -> None:
         """Note that the whole step failed; what its answer said before stays."""
@@ -160,8 +160,8 @@ class Draft:
         return self.to_caller(out), None if lse is None else self.to_caller(lse)
 
     def _slices(self) -> tuple[slice, ...]:
-        ends = itertools.accumulate((p.num_tokens for p in self.placements), initial=0)
-        return tuple(itertools.starmap(slice, itertools.pairwise(ends)))
+        ends = list(itertools.accumulate([p.num_tokens for p in self.placements], initial=0))
+        return tuple(map(slice, ends, ends[1:]))
 
 
 def draft_step(
@@ -234,7 +234,7 @@ def _check_placements(placements: Sequence[Placement]) -> Model:
     model = placements[0].mirror.model
     for placement in placements:
         _check_placement(placement, model)
-    if len({(placement.mirror, placement.layer) for placement in placements}) < len(placements):
+    if len(placements) > 1 and len({(p.mirror, p.layer) for p in placements}) < len(placements):
         raise ValueError("a step must have one entry per session and layer; send two steps")
     return model
 

@@ -99,7 +99,6 @@ class StepStream:
 
     def _take(self, data: bytes, arrived_at: float) -> None:
         """Submit a step; answer it as well, if its client waits for that."""
-        self._slots.acquire()
         with self._lock:
             self._num_unsent += 1
         if self._submit(data, arrived_at):
@@ -114,6 +113,7 @@ class StepStream:
             step, tensors = codec.parse_step(data)
             step_id, is_awaited = step.step_id, step.waits_for_answer
             if not is_awaited:
+                self._slots.acquire()
                 answers = self._answers
                 self._ensure_sender()
             self._engine.submit(
@@ -150,13 +150,13 @@ class StepStream:
                 has_read_all = True
             else:
                 self._send(*item)
+                self._slots.release()
 
     def _send(self, step_id: int, answer: StepAnswer) -> None:
         self._count_refusals(answer)
         response = codec.encode_response(step_id, answer)
         with self._is_sending:
             self._respond(response)
-        self._slots.release()
         with self._lock:
             self._num_unsent -= 1
             if self._end is not None and self._num_unsent == 0:

@@ -324,7 +324,9 @@ def test_a_full_queue_after_a_cut_leaves_the_fate_open() -> None:
     exchange.on_broken()
     exchange.on_open(1.0)
     refusal = status("QUEUE_FULL", "RESOURCE_EXHAUSTED", 0.1, limit=2)
-    outcomes = exchange.on_result(result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0).outcomes
+    outcomes = exchange.on_result(
+        result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0
+    ).outcomes
     (error,) = [outcome.error for outcome in outcomes]
     assert isinstance(error, oc.ConnectionLost)
     assert isinstance(error.__cause__, oc.QueueFull)
@@ -336,7 +338,9 @@ def test_a_full_queue_applies_nothing_and_says_when_to_come_back() -> None:
     session = mirror()
     exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
     refusal = status("QUEUE_FULL", "RESOURCE_EXHAUSTED", 0.1, limit=2)
-    outcomes = exchange.on_result(result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0).outcomes
+    outcomes = exchange.on_result(
+        result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0
+    ).outcomes
     (error,) = [outcome.error for outcome in outcomes]
     assert isinstance(error, oc.QueueFull)
     assert (error.limit, error.retry_after_s) == (2, 0.1)
