@@ -51,6 +51,9 @@ T = TypeVar("T")
 
 MAX_TOKENS = 2**30
 """Most tokens of a context or a window, so that positions stay within int32."""
+NO_HOST = "none"
+"""The host of a server that listens on its Unix socket alone."""
+
 _MAX_HEADS = 1024
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _BACKENDS = ("auto", "cpu", "cuda", "reference")
@@ -127,9 +130,18 @@ class ModelConfig:
 class ServerConfig:
     """What `octavo-server serve` runs: the server's keys, and its models."""
 
-    host: str = setting("127.0.0.1", text("an address", r"\S+"), "Address to listen on.")
+    host: str = setting(
+        "127.0.0.1",
+        text("an address", r"\S+"),
+        "Address to listen on; none = no port, only unix_socket.",
+    )
     port: int = setting(
         50051, integer(0, 65535), "Port to listen on; 0 takes a free one, and prints it."
+    )
+    unix_socket: str = setting(
+        "",
+        text("the path of a file, or nothing", r"[^\0]*"),
+        "Unix socket to listen on as well, as unix:PATH; only the server's user may connect.",
     )
     backend: str = setting(
         "auto", one_of(*_BACKENDS), "What runs the kernels; auto takes the fastest that works here."
@@ -233,6 +245,9 @@ def load_config(
     server: dict[str, Any] = {}
     for source in sources:
         server |= _parse(source.server, ServerConfig, report).values
+    if server.get("host") == NO_HOST and not server.get("unix_socket"):
+        where = next(s.server.entries["host"].where for s in sources if "host" in s.server.entries)
+        report.add(where, f"host: got {NO_HOST!r} without a unix_socket; expected an address")
     parsed = [_parse_models(source, report) for source in sources]
     served = next((models for models in reversed(parsed) if models), [])
     if not served and not report.mistakes:

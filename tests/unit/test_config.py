@@ -94,6 +94,7 @@ def test_every_key_of_the_server_is_read(write_yaml: WriteYaml) -> None:
     written = {
         "host": "::1",
         "port": 7,
+        "unix_socket": "/run/octavo.sock",
         "backend": "reference",
         "num_threads": 3,
         "pin_threads": True,
@@ -384,6 +385,12 @@ def test_backends_are_those_of_the_registry() -> None:
     assert backend.kind.expected == "auto, cpu, cuda or reference"
     for name in BACKEND_NAMES:
         assert load_config(None, {"backend": name}, [TINY]).backend == name
+
+
+def test_no_port_takes_a_unix_socket(write_yaml: WriteYaml) -> None:
+    assert load_config(None, {"host": "none", "unix_socket": "octavo.sock"}, [TINY]).host == "none"
+    (mistake,) = mistakes_of(write_yaml("port: 1\nhost: none\n" + TINY_YAML))
+    assert mistake == ("octavo.yaml:2: host: got 'none' without a unix_socket; expected an address")
 
 
 def test_example_is_valid_and_names_every_key(write_yaml: WriteYaml) -> None:

@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"block_pool", "scheduler", "session", "session_store"}),
     frozenset({"backends", "cuda_build", "kernel_build", "step", "launch"}),
     frozenset({"engine"}),
-    frozenset({"codec", "request_reader", "service", "status", "step_stream"}),
+    frozenset({"codec", "request_reader", "service", "status", "step_stream", "unix_socket"}),
     frozenset({"server"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
