@@ -28,6 +28,14 @@ def encode_tensors(arrays: Mapping[int, HostArray]) -> bytes:
     return b"".join(parts)
 
 
+def encode_region_tensors(arrays: Mapping[int, HostArray], offsets: Mapping[int, int]) -> bytes:
+    """Return arrays that lie in a region, by field number, as the encoded Tensor fields of a message."""
+    return b"".join(
+        _in_region(number, wire_dtype(array), array.shape, offsets[number])
+        for number, array in arrays.items()
+    )
+
+
 def encode_append(header: pb.AppendRequest, tensors: bytes) -> bytes:
     """Return a message of an Append call."""
     return _encode(header) + tensors
@@ -47,6 +55,13 @@ def _head(number: int, dtype: pb.DataType, shape: tuple[int, ...], num_bytes: in
     rest = _encode(pb.Tensor(dtype=dtype, shape=shape))
     rest += _prefix(pb.Tensor.DATA_FIELD_NUMBER, num_bytes)
     return _prefix(number, len(rest) + num_bytes) + rest
+
+
+@lru_cache(maxsize=256)
+def _in_region(number: int, dtype: pb.DataType, shape: tuple[int, ...], offset: int) -> bytes:
+    """Return a Tensor field; decoding sends few shapes at few offsets again and again."""
+    tensor = _encode(pb.Tensor(dtype=dtype, shape=shape, region_offset=offset))
+    return _prefix(number, len(tensor)) + tensor
 
 
 def _encode(message: Message) -> bytes:

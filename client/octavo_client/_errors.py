@@ -177,6 +177,12 @@ class StepExpired(RefusedError):
     timeout_ms: int
 
 
+class SharedMemoryUnavailable(RefusedError):
+    """The server shares no memory with this client; steps go over gRPC, so this is only ever logged."""
+
+    cause: str
+
+
 class Draining(RefusedError):
     """The server shuts down and takes no new work."""
 
@@ -246,6 +252,7 @@ REASONS: Mapping[str, type[RefusedError]] = {
     "NON_FINITE": NonFinite,
     "SCALE_OVERFLOW": ScaleOverflow,
     "STEP_EXPIRED": StepExpired,
+    "SHARED_MEMORY_UNAVAILABLE": SharedMemoryUnavailable,
     "DRAINING": Draining,
     "DEVICE_FAILURE": DeviceFailure,
 }

@@ -21,6 +21,7 @@ from octavo_client._errors import (
     StepExpired,
 )
 from octavo_client._ledger import Ledger, LedgerStep
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_status
 from octavo_client._steps import Draft, timed_out
 
@@ -66,9 +67,14 @@ _Step = LedgerStep[Job]
 
 
 class Exchange:
-    """The steps of one client and their way over any number of streams; one caller at a time."""
+    """The steps of one client and their way over any number of streams; one caller at a time.
 
-    def __init__(self) -> None:
+    Args:
+        memory: What the client may share with the server.
+    """
+
+    def __init__(self, memory: SharedMemory | None = None) -> None:
+        self._memory = memory
         self._ledger: Ledger[Job] = Ledger()
         self._draining: Draining | None = None
 
@@ -109,6 +115,15 @@ class Exchange:
         )
         return step.step_id, _encode([step] if step.is_sent else [], now)
 
+    def on_response(self, response: pb.DecodeResponse, now: float) -> Turn:
+        """Take a message of the server: a result, or where the memory is that it shares."""
+        if self._memory is not None:
+            if response.HasField("region"):
+                self._memory.on_answer(response.region)
+                return Turn([], [])
+            self._memory.on_result(response.result.step_id)
+        return self.on_result(response.result, now)
+
     def on_result(self, result: pb.StepResult, now: float) -> Turn:
         """Take a result; that of a step which was given up is dropped."""
         refusal = error_from_status(result.error) if result.HasField("error") else None
@@ -138,10 +153,13 @@ class Exchange:
     def on_open(self, now: float) -> list[bytes]:
         """Note that a stream is open; return the messages to send on it."""
         self._draining = None
-        return _encode(self._ledger.on_stream_open(), now)
+        first = [] if self._memory is None else [self._memory.request()]
+        return first + _encode(self._ledger.on_stream_open(), now)
 
     def on_broken(self) -> None:
         """Note that the stream is gone."""
+        if self._memory is not None:
+            self._memory.forget()
         self._ledger.on_stream_broken()
 
     def fail_too_large(self, error: MessageTooLarge) -> list[Outcome]:

@@ -21,6 +21,7 @@ from octavo_client._errors import (
     message_too_large,
 )
 from octavo_client._mirror import Mirror
+from octavo_client._shared_memory import PlacedTensors, SharedMemory, Tensors
 from octavo_client._status import error_from_status
 from octavo_client._tensors import HostArray, ToCaller
 from octavo_client._types import BatchResult, Model, StepOptions
@@ -36,8 +37,13 @@ _FLAGS = ("causal", "return_lse")
 _OPTIONS = frozenset(StepOptions.__annotations__)
 
 _MAX_START_POS_BYTES = 5
-_MAX_HEADER_BYTES = 64
-"""Room for what is filled in when the step is placed and sent: positions, step_id, timeout_ms."""
+_MAX_HEADER_BYTES = 96
+"""Room for what is filled in when the step is placed and sent: positions, step_id, timeout_ms, the answer's place."""
+
+_MAX_TENSOR_HEAD_BYTES = 40
+"""Room for a tensor's tags, lengths, dtype and shape."""
+
+_LSE_BYTES = 4
 
 
 class Placement(NamedTuple):
@@ -55,7 +61,7 @@ class Draft:
 
     Attributes:
         header: The message without its tensors; positions, step_id and timeout_ms are filled in later.
-        tensors: q, and k and v, as encoded fields of the message.
+        tensors: q, and k and v: encoded fields of the message, or in shared memory.
         has_kv: Whether the step appends.
         placements: Its entries.
         to_caller: Turns an answer into the caller's kind of array.
@@ -64,7 +70,7 @@ class Draft:
     """
 
     header: pb.Step
-    tensors: bytes
+    tensors: Tensors
     has_kv: bool
     placements: Sequence[Placement]
     to_caller: ToCaller
@@ -100,7 +106,10 @@ class Draft:
         """Return the message, once the step is placed."""
         self.header.step_id = step_id
         self.header.timeout_ms = timeout_ms
-        message = encode_decode(self.header, self.tensors)
+        fields = self.tensors
+        if isinstance(fields, PlacedTensors):
+            fields = fields.encode(self.header)
+        message = encode_decode(self.header, fields)
         self.sent_bytes = len(message)
         return message
 
@@ -146,9 +155,11 @@ class Draft:
             placement.mirror.settle(placement.layer, end, errors.get(entry_idx))
 
     def _arrays(self, result: pb.StepResult) -> tuple[Any, Any | None]:
+        tensors = self.tensors
+        read = tensors.read if isinstance(tensors, PlacedTensors) else _tensors.from_wire
         try:
-            out = _tensors.from_wire(result.out)
-            lse = _tensors.from_wire(result.lse) if result.HasField("lse") else None
+            out = read(result.out)
+            lse = read(result.lse) if result.HasField("lse") else None
         except ValueError as error:
             raise OctavoError(f"the server's answer makes no sense: {error}") from error
         return self.to_caller(out), None if lse is None else self.to_caller(lse)
@@ -165,6 +176,7 @@ def draft_step(
     *,
     default_timeout_s: float,
     max_message_bytes: int,
+    memory: SharedMemory | None = None,
 ) -> Draft:
     """Check a step and build its message; nothing that it lets through can fail to be sent.
 
@@ -173,7 +185,9 @@ def draft_step(
         tensors: q, k and v of all entries one after the other; k and v both or neither.
         options: Flags and timeout.
         default_timeout_s: Timeout unless the options have one.
-        max_message_bytes: Largest message that the server receives.
+        max_message_bytes: Largest message that the server receives; a step in shared memory must fit it too, for it may
+            have to be sent again without.
+        memory: What the client shares with the server.
 
     Raises:
         ValueError: An entry, a shape or a timeout that cannot be.
@@ -186,15 +200,15 @@ def draft_step(
     arrays = _host_arrays(tensors)
     _check_arrays(arrays, model, sum(placement.num_tokens for placement in placements))
     header = _header(placements, options, has_kv="k" in arrays)
-    encoded = encode_tensors({_FIELDS[name]: array for name, array in arrays.items()})
     num_bytes = (
-        len(encoded)
+        sum(array.nbytes + _MAX_TENSOR_HEAD_BYTES for array in arrays.values())
         + header.ByteSize()
         + _MAX_HEADER_BYTES
         + _MAX_START_POS_BYTES * len(placements)
     )
     if num_bytes > max_message_bytes:
         raise message_too_large(num_bytes, max_message_bytes)
+    encoded = _place_or_encode(arrays, header, memory)
     timeout_s = options.get("timeout")
     timeout_s = default_timeout_s if timeout_s is None else timeout_s
     to_caller = _tensors.like(tensors[0])
@@ -269,6 +283,19 @@ def _check_arrays(arrays: dict[str, HostArray], model: Model, num_tokens: int) -
         num_heads = model.num_q_heads if name == "q" else model.num_kv_heads
         _tensors.check_shape(name, array, (num_tokens, num_heads, model.head_dim))
         _tensors.check_dtype(name, array, arrays["q"].dtype)
+
+
+def _place_or_encode(
+    arrays: dict[str, HostArray], header: pb.Step, memory: SharedMemory | None
+) -> Tensors:
+    """Copy the tensors, once: the caller may change them when the step is on its way."""
+    fields = {_FIELDS[name]: array for name, array in arrays.items()}
+    placed = None
+    if memory is not None:
+        q = arrays["q"]
+        lse_bytes = q.shape[0] * q.shape[1] * _LSE_BYTES if header.return_lse else 0
+        placed = memory.place(fields, q.nbytes, lse_bytes)
+    return encode_tensors(fields) if placed is None else placed
 
 
 def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bool) -> pb.Step:

@@ -21,6 +21,7 @@ from octavo_client._config import Retry
 from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
 from octavo_client._exchange import Exchange, Job, Outcome, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Draft
 
@@ -43,6 +44,7 @@ class DecodeStream:
         open_call: Starts a Decode call that sends the given messages.
         retry: How often to open again.
         on_too_large: Called when the server ended a stream because a message was over its limit.
+        memory: What the client may share with the server.
     """
 
     def __init__(
@@ -50,13 +52,14 @@ class DecodeStream:
         open_call: Callable[[Iterator[bytes]], DecodeCall],
         retry: Retry,
         on_too_large: Callable[[], None],
+        memory: SharedMemory | None = None,
     ) -> None:
         self._open_call = open_call
         self._on_too_large = on_too_large
         self._backoff = Backoff(retry)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._exchange = Exchange()
+        self._exchange = Exchange(memory)
         self._outbox: Outbox = SimpleQueue()
         self._call: DecodeCall | None = None
         self._reader: threading.Thread | None = None
@@ -173,7 +176,7 @@ class DecodeStream:
         call = self._open(outbox)
         try:
             for response in call:
-                if self._on_result(response.result):
+                if self._on_response(response):
                     break
         except grpc.RpcError as error:
             return error_from_rpc(error)
@@ -193,10 +196,10 @@ class DecodeStream:
             call.cancel()
         return call
 
-    def _on_result(self, result: pb.StepResult) -> bool:
-        """Take a result; return whether it is time for another stream."""
+    def _on_response(self, response: pb.DecodeResponse) -> bool:
+        """Take a message; return whether it is time for another stream."""
         with self._lock:
-            outcomes, to_send, is_drained = self._exchange.on_result(result, time.monotonic())
+            outcomes, to_send, is_drained = self._exchange.on_response(response, time.monotonic())
             self._send(to_send)
         if outcomes:
             self._backoff.reset()

@@ -90,16 +90,25 @@ def wire_dtype(array: HostArray) -> pb.DataType:
     return _WIRE_DTYPES[array.dtype]
 
 
+def host_dtype(tensor: pb.Tensor) -> np.dtype[Any]:
+    """Return the dtype of a wire tensor.
+
+    Raises:
+        ValueError: There is none of its number.
+    """
+    dtype = _HOST_DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise ValueError(f"the server sent a tensor of unknown dtype {tensor.dtype}")
+    return dtype
+
+
 def from_wire(tensor: pb.Tensor) -> HostArray:
     """Return a wire tensor as a read-only array over its bytes.
 
     Raises:
         ValueError: Its bytes, shape and dtype do not fit each other.
     """
-    dtype = _HOST_DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise ValueError(f"the server sent a tensor of unknown dtype {tensor.dtype}")
-    return np.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
+    return np.frombuffer(tensor.data, dtype=host_dtype(tensor)).reshape(tensor.shape)
 
 
 def _is_torch(value: Any) -> bool:

@@ -14,6 +14,7 @@ from octavo import v1
 from octavo_server.backends.base import HostArray
 from octavo_server.engine import ModelPool, SessionState
 from octavo_server.errors import Reason, mismatch
+from octavo_server.shared_memory import IN_RESULT, AnswerPlace, Extent, Region, no_region
 from octavo_server.status import to_status
 from octavo_server.step import StepAnswer, StepRequest
 
@@ -41,8 +42,8 @@ def parse(message_type: type[AnyMessage], data: bytes) -> AnyMessage:
         raise mismatch(Reason.MALFORMED_MESSAGE, "message", expected, actual) from None
 
 
-def read_tensor(field: str, tensor: v1.Tensor) -> HostArray:
-    """Return a tensor as a read-only array of 3 axes, over the one copy of its bytes that protobuf makes.
+def read_tensor(field: str, tensor: v1.Tensor, region: Region | None = None) -> HostArray:
+    """Return a tensor as an array of 3 axes: over the one copy of its bytes that protobuf makes, or the region's.
 
     Raises:
         OctavoError: BAD_TENSOR.
@@ -56,23 +57,43 @@ def read_tensor(field: str, tensor: v1.Tensor) -> HostArray:
         expected = "[num_tokens, num_heads, head_dim], each at least 1"
         actual = f"{len(tensor.shape)} axes, the first {list(shape)}"
         raise mismatch(Reason.BAD_TENSOR, f"{field}.shape", expected, actual)
-    data = tensor.data  # each access copies
-    expected_bytes = math.prod(shape) * dtype.itemsize
-    if len(data) != expected_bytes:
-        expected = f"{expected_bytes} bytes for {dtype} of shape {list(shape)}"
+    num_bytes = math.prod(shape) * dtype.itemsize
+    data: Any = (
+        _region_data(field, tensor, num_bytes, region)
+        if tensor.HasField("region_offset")
+        else tensor.data  # each access copies
+    )
+    if len(data) != num_bytes:
+        expected = f"{num_bytes} bytes for {dtype} of shape {list(shape)}"
         raise mismatch(Reason.BAD_TENSOR, f"{field}.data", expected, f"{len(data)} bytes")
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def write_tensor(tensor: v1.Tensor, array: NDArray[Any]) -> None:
-    """Fill in a tensor."""
-    tensor.data = array.tobytes()
+def _region_data(
+    field: str, tensor: v1.Tensor, num_bytes: int, region: Region | None
+) -> NDArray[np.uint8]:
+    if region is None:
+        raise no_region(field, tensor.region_offset)
+    if tensor.data:
+        raise mismatch(Reason.BAD_TENSOR, f"{field}.data", "empty beside region_offset", "bytes")
+    return region.read(Extent(field, tensor.region_offset, num_bytes))
+
+
+def write_tensor(
+    tensor: v1.Tensor, array: NDArray[Any], region: Region | None = None, offset: int | None = None
+) -> None:
+    """Fill in a tensor, whose elements go to a place of the region where there is one."""
+    if region is None or offset is None:
+        tensor.data = array.tobytes()
+    else:
+        region.write(offset, array)
+        tensor.region_offset = offset
     tensor.dtype = _WIRE_DTYPES[array.dtype]
     tensor.shape.extend(array.shape)
 
 
-def read_step(step: v1.Step) -> StepRequest:
-    """Return the request that a Step asks for.
+def read_step(step: v1.Step, region: Region | None = None) -> StepRequest:
+    """Return the request that a Step asks for, on a stream that may have a region.
 
     Raises:
         OctavoError: BAD_TENSOR, or SHAPE_MISMATCH when q is missing.
@@ -82,7 +103,9 @@ def read_step(step: v1.Step) -> StepRequest:
             Reason.SHAPE_MISMATCH, "q", "[total_tokens, num_q_heads, head_dim]", "nothing"
         )
     tensors = {
-        name: read_tensor(name, getattr(step, name)) for name in "qkv" if step.HasField(name)
+        name: read_tensor(name, getattr(step, name), region)
+        for name in "qkv"
+        if step.HasField(name)
     }
     return StepRequest(
         handles=step.session_handles,
@@ -114,15 +137,17 @@ def read_append(message: v1.AppendRequest) -> StepRequest:
     )
 
 
-def write_answer(result: v1.StepResult, step_id: int, answer: StepAnswer) -> None:
-    """Fill in the result of a step."""
+def write_answer(
+    result: v1.StepResult, step_id: int, answer: StepAnswer, place: AnswerPlace = IN_RESULT
+) -> None:
+    """Fill in the result of a step; its tensors go where the client asked for them."""
     result.step_id = step_id
     if answer.error is not None:
         result.error.CopyFrom(to_status(answer.error))
     if answer.out is not None:
-        write_tensor(result.out, answer.out)
+        write_tensor(result.out, answer.out, place.region, place.out)
     if answer.lse is not None:
-        write_tensor(result.lse, answer.lse)
+        write_tensor(result.lse, answer.lse, place.region, place.lse)
     for entry_idx, error in sorted(answer.entry_errors.items()):
         result.entry_errors.add(entry_idx=entry_idx, error=to_status(error))
 

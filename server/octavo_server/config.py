@@ -159,6 +159,12 @@ class ServerConfig:
     max_message_bytes: int = setting(
         64 * 2**20, byte_size(64 * 2**10, 2047 * 2**20), "Largest message that a client may send."
     )
+    shared_memory: bool = setting(
+        False, boolean(), "Share memory with clients on this machine that ask for it."
+    )
+    shared_memory_bytes: int = setting(
+        32 * 2**20, byte_size(2**20, 2**32), "Memory shared with each stream that asks for it."
+    )
     drain_timeout_s: float = setting(
         30.0, number(0, 3600), "Seconds that accepted work has to finish after SIGTERM."
     )

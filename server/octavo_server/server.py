@@ -269,6 +269,7 @@ def _limits(config: ServerConfig) -> Limits:
         max_silent_calls=MAX_SILENT_CALLS,
         max_steps_in_flight=config.max_steps_in_flight,
         max_message_bytes=config.max_message_bytes,
+        region_bytes=config.shared_memory_bytes if config.shared_memory else 0,
     )
 
 

@@ -20,6 +20,7 @@ from octavo_server import codec, status
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, limit_reached, mismatch
 from octavo_server.request_reader import RequestReader
+from octavo_server.shared_memory import StreamMemory
 from octavo_server.step import StepAnswer, StepRequest
 from octavo_server.step_stream import StepStream
 
@@ -43,6 +44,7 @@ class Limits:
         max_silent_calls: Unary calls that have not sent their request.
         max_steps_in_flight: Unanswered steps of one Decode stream.
         max_message_bytes: Bytes of one message received.
+        region_bytes: Memory that one Decode stream may share with its client; 0 = none.
     """
 
     max_streams: int
@@ -50,6 +52,7 @@ class Limits:
     max_silent_calls: int
     max_steps_in_flight: int
     max_message_bytes: int
+    region_bytes: int = 0
 
 
 class Gate:
@@ -215,8 +218,9 @@ class OctavoService:
         return stored.SerializeToString()
 
     def _decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        stream = StepStream(self._engine, requests, context, self._limits.max_steps_in_flight)
-        with self.streams.open(context):
+        limits = self._limits
+        with self.streams.open(context), StreamMemory(limits.region_bytes) as memory:
+            stream = StepStream(self._engine, requests, context, limits.max_steps_in_flight, memory)
             self._step_streams.add(stream)
             try:
                 yield from stream.run()

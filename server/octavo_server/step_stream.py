@@ -14,6 +14,7 @@ from octavo import v1
 from octavo_server import codec, status
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, mismatch
+from octavo_server.shared_memory import IN_RESULT, AnswerPlace, StreamMemory, answer_place
 from octavo_server.step import StepAnswer
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class StepStream:
         requests: Messages of the stream, unparsed.
         context: The call.
         max_steps_in_flight: Steps accepted before a result goes out.
+        memory: What the stream may share with its client.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class StepStream:
         requests: Iterator[bytes],
         context: grpc.ServicerContext,
         max_steps_in_flight: int,
+        memory: StreamMemory,
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._context = context
+        self._memory = memory
         self._slots = threading.Semaphore(max_steps_in_flight)
         self._responses: SimpleQueue[v1.DecodeResponse | None] = SimpleQueue()
         self._num_read = 0
@@ -93,11 +97,18 @@ class StepStream:
     def _submit(self, data: bytes, arrived_at: float) -> None:
         step_id = 0
         try:
-            step = codec.parse(v1.DecodeRequest, data).step
+            message = codec.parse(v1.DecodeRequest, data)
+            if message.HasField("region"):
+                self._responses.put(v1.DecodeResponse(region=self._memory.open()))
+                return
+            step = message.step
             step_id = step.step_id
+            region = self._memory.region
+            request = codec.read_step(step, region)
+            place = answer_place(step, request.tensors, region)
             self._engine.submit(
-                codec.read_step(step),
-                lambda answer: self._respond(step_id, answer),
+                request,
+                lambda answer: self._respond(step_id, answer, place),
                 lambda: self._is_cancelled,
                 arrived_at,
             )
@@ -109,7 +120,7 @@ class StepStream:
             defect = mismatch(Reason.MALFORMED_MESSAGE, "step", "one that can be taken", "another")
             self._respond(step_id, StepAnswer(error=defect))
 
-    def _respond(self, step_id: int, answer: StepAnswer) -> None:
+    def _respond(self, step_id: int, answer: StepAnswer, place: AnswerPlace = IN_RESULT) -> None:
         response = v1.DecodeResponse()
-        codec.write_answer(response.result, step_id, answer)
+        codec.write_answer(response.result, step_id, answer, place)
         self._responses.put(response)

@@ -103,6 +103,8 @@ def test_every_key_of_the_server_is_read(write_yaml: WriteYaml) -> None:
         "max_steps_in_flight": 6,
         "max_unary_calls": 8,
         "max_message_bytes": "1MiB",
+        "shared_memory": True,
+        "shared_memory_bytes": "2MiB",
         "drain_timeout_s": 2.5,
         "log_level": "error",
     }
@@ -110,7 +112,7 @@ def test_every_key_of_the_server_is_read(write_yaml: WriteYaml) -> None:
     lines = [f"{key}: {value!r}\n" for key, value in written.items()]
     config = load_config(write_yaml("".join(lines) + TINY_YAML))
     read = {name: getattr(config, name) for name in written}
-    assert read == written | {"max_message_bytes": 2**20}
+    assert read == written | {"max_message_bytes": 2**20, "shared_memory_bytes": 2**21}
 
 
 def test_attention_options_are_given_per_layer() -> None:

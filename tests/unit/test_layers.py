@@ -18,7 +18,17 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"block_pool", "scheduler", "session", "session_store"}),
     frozenset({"backends", "cuda_build", "kernel_build", "step", "launch"}),
     frozenset({"engine"}),
-    frozenset({"codec", "request_reader", "service", "status", "step_stream", "unix_socket"}),
+    frozenset(
+        {
+            "codec",
+            "request_reader",
+            "service",
+            "shared_memory",
+            "status",
+            "step_stream",
+            "unix_socket",
+        }
+    ),
     frozenset({"server"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
