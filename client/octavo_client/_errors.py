@@ -8,7 +8,8 @@
     │   ├── PositionMismatch        ├── MalformedMessage     ├── ScaleOverflow
     │   ├── ContextTooLong          ├── BadTensor            ├── StepExpired
     │   ├── OutOfBlocks             ├── ShapeMismatch        ├── Draining
-    │   ├── MessageTooLarge         └── DtypeMismatch        └── DeviceFailure
+    │   ├── MessageTooLarge         ├── DtypeMismatch        ├── DeviceFailure
+    │   └── SharedMemoryUnavailable
     ├── InterruptedCall             no answer; `may_be_applied` says whether the server may have acted
     │   ├── ConnectionLost          the connection broke, and trying again did not help
     │   ├── StepTimeout             a decode step had no answer in time

@@ -7,8 +7,8 @@ The server makes it, as a memfd, and tells the client where to open it: /proc/<p
 - Its size is sealed, so nobody can shrink it under the server, which would kill the server with SIGBUS; and it is
   filled at once, so that a machine out of memory refuses it rather than killing whoever touches it first.
 - It has no name in any folder. Whichever side dies, the kernel frees it with the last that mapped it.
-- It belongs to one stream. When that ends, however it ends, the file is closed and the mapping goes as soon as the
-  stream's last step is done. A client that comes back gets another.
+- It belongs to one stream. When that ends, however it ends, it is closed and unmapped. A client that comes back gets
+  another.
 
 Had the client made a file in /dev/shm, it could shrink it, and leave it behind.
 
@@ -43,6 +43,10 @@ ALIGNMENT = 64
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
+_NOTHING: NDArray[np.uint8] = np.empty(0, np.uint8)
+"""The memory of a region that is closed."""
+
+
 class Extent(NamedTuple):
     """A place in a region, and the field of the step that names it."""
 
@@ -69,20 +73,22 @@ class Region:
     def __init__(self, num_bytes: int) -> None:
         self.name = f"octavo-{secrets.token_hex(16)}"
         self.num_bytes = num_bytes
+        self._memory = _NOTHING
         self.fd = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.fchmod(self.fd, 0o600)
             os.posix_fallocate(self.fd, 0, num_bytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            # Unmapped with the last array over it.
+            # Unmapped with the last array over it: when it is closed, and no copy is under way.
             self._memory = np.frombuffer(mmap.mmap(self.fd, num_bytes), np.uint8)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Close the file: nobody can open it any more. The mapping lives as long as a step that uses it."""
+        """Close the file and unmap it; steps that are still under way write their answers nowhere."""
         os.close(self.fd)
+        self._memory = _NOTHING
 
     def check(self, extents: Sequence[Extent]) -> None:
         """Check places in the region, each by itself and against the others.
@@ -115,7 +121,9 @@ class Region:
     def write(self, offset: int, array: NDArray[Any]) -> None:
         """Write a contiguous array at a place that was checked."""
         flat = array.reshape(-1).view(np.uint8)
-        self._memory[offset : offset + flat.size] = flat
+        memory = self._memory
+        if memory is not _NOTHING:
+            memory[offset : offset + flat.size] = flat
 
 
 @dataclass(frozen=True, slots=True)

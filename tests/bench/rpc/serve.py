@@ -2,7 +2,8 @@
 
     python -m tests.bench.rpc.serve KIND
 
-prints {"port": N, "socket": PATH}, the path empty where there is none; then it answers each line on stdin with what it used and counted so far, and ends with stdin.
+prints {"port": N, "socket": PATH}, the path empty where there is none; then it answers each line on stdin with what it
+used and counted so far, and ends with stdin.
 """
 
 from __future__ import annotations
