@@ -91,6 +91,12 @@ def in_region(client: oc.Client | oc.AsyncClient, values: Any) -> bool:
     return np.shares_memory(values, np.frombuffer(region_of(client)._memory, np.uint8))
 
 
+def in_flight(client: oc.Client) -> list[_shared_memory.PlacedTensors]:
+    """Return the steps whose room the server may write to."""
+    assert client._memory is not None
+    return list(client._memory._in_flight.values())
+
+
 def sharing(target: str) -> oc.Client:
     """Return a client that has its region."""
     client = oc.Client(target, retry=QUICK, shared_memory=True)
@@ -224,16 +230,18 @@ def test_room_that_the_server_may_write_to_is_not_used_again(wire: Wire, client:
     with client.open_session(MODEL) as slow, client.open_session(MODEL) as session:
         wire.backend.shut()
         given_up = slow.submit(0, *draw_step(20), timeout=0.2)
+        (start,) = (placed.start for placed in in_flight(client))
         with pytest.raises(oc.StepTimeout):
             given_up.result()
         del given_up
         gc.collect()
         tensors = draw_step(20)
         future = session.submit(0, *tensors)
+        assert start not in (placed.start for placed in in_flight(client)[1:])
         wire.backend.open()
-        checked = Checked(session)
-        checked.check(0, tensors, future.result())
-        wait_until(lambda: not client._memory._in_flight)  # type: ignore[union-attr]
+        Checked(session).check(0, tensors, future.result())
+        wait_until(lambda: in_flight(client) == [])
+        assert region_of(client).take(1)[0] == start
 
 
 def decode_two(wire: Wire) -> None:
@@ -436,3 +444,25 @@ def test_what_a_client_writes_later_is_not_seen(region: Region) -> None:
         shared[:4] = b"5678"
         assert read.tobytes() == b"1234"
     os.close(fd)
+
+
+def test_a_client_opens_nothing_but_the_region(region: Region, tmp_path: Path) -> None:
+    found = v1.RegionResponse(
+        process_id=os.getpid(), fd=region.fd, name=region.name, num_bytes=region.num_bytes
+    )
+    _shared_memory._open(found).close()
+    unsealed = os.memfd_create("octavo-1")
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    for changes, why in (
+        ({"fd": other}, "is another file"),
+        ({"name": region.name[:-1]}, "is another file"),
+        ({"num_bytes": region.num_bytes - 1}, "is not of 4095 bytes"),
+        ({"fd": unsealed, "name": "octavo-1"}, "may shrink"),
+    ):
+        wrong = v1.RegionResponse()
+        wrong.CopyFrom(found)
+        wrong.MergeFrom(v1.RegionResponse(**changes))
+        with pytest.raises((OSError, ValueError), match=why):
+            _shared_memory._open(wrong)
+    os.close(unsealed)
+    os.close(other)
