@@ -53,7 +53,7 @@ class AsyncClient:
             says.
         timeout: How long to wait for what.
         retry: How often to try again, where that is safe.
-        shared_memory: Whether steps of 32 KiB and more leave their tensors in memory shared with the server: on the
+        shared_memory: Whether steps of 128 KiB and more leave their tensors in memory shared with the server: on the
             server's machine, as its user, and with `shared_memory: true` in its config. Where that cannot be, a warning
             is logged (logger octavo_client) and tensors go over gRPC.
     """

@@ -35,8 +35,8 @@ from octavo_client._tensors import HostArray
 
 log = logging.getLogger("octavo_client")
 
-MIN_BYTES = 32 * 1024
-"""Steps with fewer bytes in and out go in messages, which then cost no more."""
+MIN_BYTES = 128 * 1024
+"""Steps with fewer bytes in and out go in messages, which then take no longer."""
 
 _ALIGNMENT = 64
 

@@ -12,6 +12,7 @@ import grpc
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _retry
 from octavo_client._append import AppendPlan, Progress
+from octavo_client._call import open_call
 from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
 from octavo_client._config import Retry, Timeout
 from octavo_client._errors import MessageTooLarge
@@ -20,7 +21,7 @@ from octavo_client._retry import Attempts, CallRule
 from octavo_client._session import Session
 from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
-from octavo_client._steps import Placement, draft_step
+from octavo_client._steps import Draft, Placement, draft_step
 from octavo_client._stream import DecodeStream
 from octavo_client._types import (
     BatchResult,
@@ -47,7 +48,7 @@ class Client:
             says.
         timeout: How long to wait for what.
         retry: How often to try again, where that is safe.
-        shared_memory: Whether steps of 32 KiB and more leave their tensors in memory shared with the server: on the
+        shared_memory: Whether steps of 128 KiB and more leave their tensors in memory shared with the server: on the
             server's machine, as its user, and with `shared_memory: true` in its config. Where that cannot be, a warning
             is logged (logger octavo_client) and tensors go over gRPC.
     """
@@ -66,8 +67,12 @@ class Client:
         options = channel_options(self._timeout, self._retry)
         self._channel = grpc.insecure_channel(target, options)
         self._append_rpc = self._channel.stream_unary(*APPEND_RPC)
-        self._decode_rpc = self._channel.stream_stream(*DECODE_RPC)
-        self._stream = DecodeStream(self._decode_rpc, self._retry, self._forget_info, self._memory)
+        self._stream = DecodeStream(
+            lambda: open_call(self._channel, DECODE_RPC[0]),
+            self._retry,
+            self._forget_info,
+            self._memory,
+        )
         self._info: ServerInfo | None = None
 
     def __enter__(self) -> Self:
@@ -134,7 +139,8 @@ class Client:
         **options: Unpack[StepOptions],
     ) -> BatchResult:
         """Run one step for several sessions or layers and wait for its answer; see submit_batch."""
-        return self.submit_batch(entries, q, k, v, **options).result()
+        result: BatchResult = self._run(entries, (q, k, v), options, is_single=False)
+        return result
 
     def submit_batch(
         self,
@@ -172,6 +178,24 @@ class Client:
         *,
         is_single: bool,
     ) -> Future[Any]:
+        return self._stream.submit(self._draft(entries, tensors, options), is_single=is_single)
+
+    def _run(
+        self,
+        entries: Sequence[Entry],
+        tensors: tuple[Any, Any | None, Any | None],
+        options: StepOptions,
+        *,
+        is_single: bool,
+    ) -> Any:
+        return self._stream.run(self._draft(entries, tensors, options), is_single=is_single)
+
+    def _draft(
+        self,
+        entries: Sequence[Entry],
+        tensors: tuple[Any, Any | None, Any | None],
+        options: StepOptions,
+    ) -> Draft:
         draft = draft_step(
             [self._placement(entry) for entry in entries],
             tensors,
@@ -182,7 +206,7 @@ class Client:
         )
         for mirror in draft.stale:
             self._refresh(mirror)
-        return self._stream.submit(draft, is_single=is_single)
+        return draft
 
     def _placement(self, entry: Entry) -> Placement:
         if entry.session._client is not self:

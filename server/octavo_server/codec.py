@@ -108,10 +108,10 @@ def read_step(step: v1.Step, region: Region | None = None) -> StepRequest:
         if step.HasField(name)
     }
     return StepRequest(
-        handles=step.session_handles,
-        layers=step.layers,
-        start_pos=step.start_pos,
-        num_tokens=step.num_tokens,
+        handles=list(step.session_handles),
+        layers=list(step.layers),
+        start_pos=list(step.start_pos),
+        num_tokens=list(step.num_tokens),
         step_key=step.step_key,
         timeout_ms=step.timeout_ms,
         return_lse=step.return_lse,
@@ -135,6 +135,18 @@ def read_append(message: v1.AppendRequest) -> StepRequest:
         k=read_tensor("k", message.k),
         v=read_tensor("v", message.v),
     )
+
+
+def encode_region(response: v1.RegionResponse) -> bytes:
+    """Return a DecodeResponse."""
+    return v1.DecodeResponse(region=response).SerializeToString()
+
+
+def encode_answer(step_id: int, answer: StepAnswer, place: AnswerPlace = IN_RESULT) -> bytes:
+    """Return a DecodeResponse."""
+    response = v1.DecodeResponse()
+    write_answer(response.result, step_id, answer, place)
+    return response.SerializeToString()
 
 
 def write_answer(

@@ -1,7 +1,7 @@
 """The engine: owns every session and pool, and runs queued steps through the backend, one launch at a time.
 
-Handler threads submit work and read state; one engine thread takes turns from the scheduler. All mutable state is
-guarded by one lock, which is never held while the backend runs.
+Handler threads submit work and read state. A thread that brings work to an idle engine may take that turn itself, which
+saves it two switches of threads; all other turns are the engine thread's, and there is one at a time. All mutable state is guarded by one lock, which is never held while the backend runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from octavo_server.launch import (
     settle,
 )
 from octavo_server.model import ModelSpec
-from octavo_server.scheduler import WHOLE_SESSION, Scheduler, WorkItem, WorkKey
+from octavo_server.scheduler import WHOLE_SESSION, Scheduler, Turn, WorkItem, WorkKey
 from octavo_server.session import Session
 from octavo_server.session_store import SessionStore
 from octavo_server.step import StepAnswer, StepRequest, check_entries, check_tensors
@@ -107,7 +107,9 @@ class Engine:
         self._sessions = sessions
         self._on_failure = on_failure
         self._scheduler: Scheduler[_Queued] = Scheduler(MAX_BATCH_TOKENS)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._has_work = threading.Condition(self._lock)
+        self._is_idle = threading.Condition(self._lock)
         self._is_busy = self._is_draining = self._is_stopped = self._has_failed = False
         self._thread = threading.Thread(target=self._take_turns, name="octavo-engine", daemon=True)
 
@@ -121,17 +123,18 @@ class Engine:
         Returns:
             Whether all of it finished in time.
         """
-        with self._changed:
+        with self._lock:
             self._is_draining = True
-            return self._changed.wait_for(
+            return self._is_idle.wait_for(
                 lambda: not self._is_busy and not len(self._scheduler), timeout_s
             )
 
     def stop(self) -> None:
-        """End the engine's thread after the launch that runs; what is still queued is refused, unapplied."""
-        with self._changed:
+        """Take no turn after the launch that runs; what is still queued is refused, unapplied."""
+        with self._lock:
             self._is_draining = self._is_stopped = True
-            self._changed.notify_all()
+            self._has_work.notify()
+            self._is_idle.wait_for(lambda: not self._is_busy)
         self._thread.join()
         for queued in self._scheduler.clear():
             _refuse(queued, errors.draining())
@@ -152,7 +155,7 @@ class Engine:
         Raises:
             OctavoError: MODEL_NOT_FOUND, SESSION_LIMIT, DUPLICATE_ENTRY, DRAINING or DEVICE_FAILURE.
         """
-        with self._changed:
+        with self._lock:
             self._check_accepting()
             pool = self.pools.get(model)
             if pool is None:
@@ -167,7 +170,7 @@ class Engine:
         Raises:
             OctavoError: SESSION_NOT_FOUND.
         """
-        with self._changed:
+        with self._lock:
             return _state(self._sessions.by_id(session_id))
 
     def get_session_by_handle(self, handle: int) -> SessionState:
@@ -176,7 +179,7 @@ class Engine:
         Raises:
             OctavoError: SESSION_NOT_FOUND.
         """
-        with self._changed:
+        with self._lock:
             session = self._sessions.by_handle(handle)
             if session is None:
                 raise errors.session_not_found(str(handle))
@@ -184,7 +187,7 @@ class Engine:
 
     def list_sessions(self, after_idx: int, size: int) -> tuple[list[SessionState], int]:
         """Return a page of sessions and where the next page starts, 0 after the last."""
-        with self._changed:
+        with self._lock:
             sessions, next_idx = self._sessions.page(after_idx, size)
             return [_state(session) for session in sessions], next_idx
 
@@ -229,21 +232,24 @@ class Engine:
         answer: Callable[[StepAnswer], None],
         is_cancelled: Callable[[], bool] = lambda: False,
         arrived_at: float | None = None,
+        *,
+        may_lead: bool = False,
     ) -> None:
         """Queue a step.
 
         Args:
             request: The step.
-            answer: Called once with the answer, from this thread or the engine's; must not block.
+            answer: Called once with the answer, from this thread, the engine's or another that leads; must not block.
             is_cancelled: Asked when the step's turn comes; a cancelled step is dropped, unapplied and unanswered.
             arrived_at: When its timeout began, on time.monotonic(); now by default.
+            may_lead: Whether an idle engine may run the step here and now, before this returns.
 
         Raises:
             OctavoError: The step cannot be queued: EMPTY_STEP, SHAPE_MISMATCH, DTYPE_MISMATCH, DUPLICATE_ENTRY,
                 DRAINING or DEVICE_FAILURE.
         """
         check_entries(request)
-        with self._changed:
+        with self._lock:
             self._check_accepting()
             sessions = [self._sessions.by_handle(handle) for handle in request.handles]
         pool = self._common_pool(sessions)
@@ -253,12 +259,12 @@ class Engine:
         check_tensors(request, pool.spec)
         step = _QueuedStep(request, sessions, pool, answer)
         started_at = time.monotonic() if arrived_at is None else arrived_at
-        self._enqueue(_work_item(step, is_cancelled, started_at))
+        self._enqueue(_work_item(step, is_cancelled, started_at), may_lead=may_lead)
 
     def _submit_change(
         self, session_id: str, change: Callable[[Session], Result]
     ) -> Future[Result]:
-        with self._changed:
+        with self._lock:
             self._check_accepting()
             session = self._sessions.by_id(session_id)
         future: Future[Result] = Future()
@@ -267,11 +273,17 @@ class Engine:
         self._enqueue(WorkItem(queued, frozenset([key]), is_cancelled=future.cancelled))
         return future
 
-    def _enqueue(self, item: WorkItem[_Queued]) -> None:
-        with self._changed:
+    def _enqueue(self, item: WorkItem[_Queued], *, may_lead: bool = False) -> None:
+        with self._lock:
             self._check_accepting()
             self._scheduler.submit(item)
-            self._changed.notify_all()
+            if self._is_busy:
+                return  # Who leads looks at the queue again.
+            if not may_lead or self._backend.binds_caller:
+                self._has_work.notify()
+                return
+            turn = self._begin_turn()
+        self._take(turn)
 
     def _check_accepting(self) -> None:
         if self._has_failed:
@@ -288,17 +300,31 @@ class Engine:
 
     def _take_turns(self) -> None:
         while True:
-            with self._changed:
-                self._is_busy = False
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: len(self._scheduler) or self._is_stopped)
+            with self._lock:
+                self._has_work.wait_for(
+                    lambda: self._is_stopped or (len(self._scheduler) and not self._is_busy)
+                )
                 if self._is_stopped:
                     return
-                self._is_busy = True
-                turn = self._scheduler.next_turn(time.monotonic())
+                turn = self._begin_turn()
+            self._take(turn)
+
+    def _begin_turn(self) -> Turn[_Queued]:
+        self._is_busy = True
+        return self._scheduler.next_turn(time.monotonic())
+
+    def _take(self, turn: Turn[_Queued]) -> None:
+        """Run a turn that this thread began, and pass the lead on."""
+        try:
             for queued in turn.expired:
                 _refuse(queued, _expired(queued))
             self._run(turn.batch)
+        finally:
+            with self._lock:
+                self._is_busy = False
+                self._is_idle.notify_all()
+                if len(self._scheduler):
+                    self._has_work.notify()
 
     def _run(self, batch: Sequence[_Queued]) -> None:
         try:
@@ -319,7 +345,7 @@ class Engine:
         if not queued.future.set_running_or_notify_cancel():
             return
         try:
-            with self._changed:
+            with self._lock:
                 if queued.session.is_closed:
                     raise errors.session_not_found(queued.session.session_id)
                 result = queued.change(queued.session)
@@ -331,21 +357,21 @@ class Engine:
     def _run_steps(self, steps: Sequence[_QueuedStep]) -> None:
         """Admit, launch, settle, answer."""
         pool = steps[0].pool
-        with self._changed:
+        with self._lock:
             admitted = [admit_step(step.request, step.sessions) for step in steps]
             entries = [entry for step_entries in admitted for entry in step_entries]
             batch = build_batch(entries, pool.spec.block_size)
         requests = [step.request for step in steps]
         outcome = run_launch(self._backend, pool.cache, requests, entries, batch)
-        with self._changed:
+        with self._lock:
             settle(entries, outcome)
         first_row = 0
         for step, step_entries in zip(steps, admitted, strict=True):
             step.answer(answer_step(step.request, step_entries, outcome, first_row))
-            first_row += sum(step.request.num_tokens)
+            first_row += step.request.total_tokens
 
     def _fail(self, error: Exception) -> None:
-        with self._changed:
+        with self._lock:
             is_first = not self._has_failed
             self._has_failed = True
         if is_first:
@@ -369,13 +395,13 @@ def _work_item(
     step: _QueuedStep, is_cancelled: Callable[[], bool], started_at: float
 ) -> WorkItem[_Queued]:
     request = step.request
-    tensor = next(iter(request.tensors.values()))
+    tensors = request.tensors
     timeout_s = request.timeout_ms / 1000 if request.timeout_ms else float("inf")
     return WorkItem(
         payload=step,
         keys=frozenset(map(WorkKey, request.handles, request.layers)),
-        batch_key=(step.pool.spec.name, tensor.dtype, tuple(request.tensors)),
-        num_tokens=sum(request.num_tokens),
+        batch_key=(step.pool.spec.name, tensors[0][1].dtype, tuple([name for name, _ in tensors])),
+        num_tokens=request.total_tokens,
         deadline=started_at + timeout_s,
         is_cancelled=is_cancelled,
     )

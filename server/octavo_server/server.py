@@ -31,6 +31,7 @@ from octavo_server.service import (
     Limits,
     OctavoService,
     refusing,
+    responding,
     run_in,
     unary_handler,
 )
@@ -312,11 +313,10 @@ def _health_handler(servicer: health.HealthServicer) -> grpc.GenericRpcHandler[A
         with refusing(context):
             servicer.Watch(codec.parse(health_pb2.HealthCheckRequest, data), context, respond)
 
-    # A watch answers from the threads that change the health, and holds none between.
-    watch.experimental_non_blocking = True  # type: ignore[attr-defined]
     check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, threads)
+    # A watch answers from the threads that change the health, and holds none between.
     watch_handler = grpc.stream_stream_rpc_method_handler(
-        run_in(threads, watch),
+        run_in(threads, responding(watch)),
         response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(

@@ -22,7 +22,7 @@ from octavo_server.errors import OctavoError, Reason, limit_reached, mismatch
 from octavo_server.request_reader import RequestReader
 from octavo_server.shared_memory import StreamMemory
 from octavo_server.step import StepAnswer, StepRequest
-from octavo_server.step_stream import StepStream
+from octavo_server.step_stream import Respond, StepStream
 
 SERVICE_NAME = v1.DESCRIPTOR.services_by_name["OctavoService"].full_name
 DEFAULT_PAGE_SIZE = 100
@@ -129,7 +129,7 @@ class OctavoService:
             for name, call in unary.items()
         }
         handlers["Append"] = grpc.stream_unary_rpc_method_handler(self._append)
-        handlers["Decode"] = grpc.stream_stream_rpc_method_handler(self._decode)
+        handlers["Decode"] = grpc.stream_stream_rpc_method_handler(responding(self._decode))
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     def _server_info(
@@ -217,13 +217,17 @@ class OctavoService:
                 self._write_session(stored.session, message.session_handle)
         return stored.SerializeToString()
 
-    def _decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _decode(
+        self, requests: Iterator[bytes], context: grpc.ServicerContext, respond: Respond
+    ) -> None:
         limits = self._limits
         with self.streams.open(context), StreamMemory(limits.region_bytes) as memory:
-            stream = StepStream(self._engine, requests, context, limits.max_steps_in_flight, memory)
+            stream = StepStream(
+                self._engine, requests, context, respond, limits.max_steps_in_flight, memory
+            )
             self._step_streams.add(stream)
             try:
-                yield from stream.run()
+                stream.run()
             finally:
                 self._step_streams.discard(stream)
 
@@ -298,6 +302,16 @@ def unary_handler(
             return call(codec.parse(request_type, data), context).SerializeToString()
 
     return grpc.stream_unary_rpc_method_handler(run_in(threads, handle))
+
+
+def responding(behaviour: Callable[[Any, grpc.ServicerContext, Any], None]) -> Any:
+    """Return a behaviour to which gRPC hands the function that sends responses, rather than iterate over them."""
+
+    def respond_to(requests: Any, context: grpc.ServicerContext, respond: Any) -> None:
+        behaviour(requests, context, respond)
+
+    respond_to.experimental_non_blocking = True  # type: ignore[attr-defined]
+    return respond_to
 
 
 def run_in(threads: ThreadPoolExecutor | None, behaviour: Any) -> Any:

@@ -32,6 +32,7 @@ class FakeBackend:
     """
 
     name = "fake"
+    binds_caller = False
     description = "fake"
 
     def __init__(self) -> None:

@@ -200,7 +200,7 @@ class AppendResponse(_message.Message):
     def __init__(self, num_messages: _Optional[int] = ..., session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "step_key", "session_handles", "layers", "start_pos", "num_tokens", "q", "k", "v", "timeout_ms", "return_lse", "causal", "out_region_offset", "lse_region_offset")
+    __slots__ = ("step_id", "step_key", "session_handles", "layers", "start_pos", "num_tokens", "q", "k", "v", "timeout_ms", "return_lse", "causal", "waits_for_answer", "out_region_offset", "lse_region_offset")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_KEY_FIELD_NUMBER: _ClassVar[int]
     SESSION_HANDLES_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,7 @@ class Step(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     RETURN_LSE_FIELD_NUMBER: _ClassVar[int]
     CAUSAL_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_ANSWER_FIELD_NUMBER: _ClassVar[int]
     OUT_REGION_OFFSET_FIELD_NUMBER: _ClassVar[int]
     LSE_REGION_OFFSET_FIELD_NUMBER: _ClassVar[int]
     step_id: int
@@ -227,9 +228,10 @@ class Step(_message.Message):
     timeout_ms: int
     return_lse: bool
     causal: bool
+    waits_for_answer: bool
     out_region_offset: int
     lse_region_offset: int
-    def __init__(self, step_id: _Optional[int] = ..., step_key: _Optional[int] = ..., session_handles: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., start_pos: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[Tensor, _Mapping]] = ..., k: _Optional[_Union[Tensor, _Mapping]] = ..., v: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., return_lse: _Optional[bool] = ..., causal: _Optional[bool] = ..., out_region_offset: _Optional[int] = ..., lse_region_offset: _Optional[int] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., step_key: _Optional[int] = ..., session_handles: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., start_pos: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[Tensor, _Mapping]] = ..., k: _Optional[_Union[Tensor, _Mapping]] = ..., v: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., return_lse: _Optional[bool] = ..., causal: _Optional[bool] = ..., waits_for_answer: _Optional[bool] = ..., out_region_offset: _Optional[int] = ..., lse_region_offset: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step_id", "out", "lse", "entry_errors", "error")
