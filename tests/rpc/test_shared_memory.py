@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ml_dtypes
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from tests.rpc.checked_session import Checked, check_batch, draw_step
 from tests.rpc.conftest import NUM_BLOCKS, serving
 from tests.rpc.cutting_proxy import cutting_proxy
 from tests.rpc.wire import (
+    CALL_TIMEOUT_S,
     HEAD_DIM,
     MODEL,
     NUM_KV_HEADS,
@@ -37,6 +39,7 @@ from tests.rpc.wire import (
     Stream,
     Wire,
     refusal_of,
+    refusal_of_call,
     unharmed,
 )
 from tests.waiting import wait_until
@@ -356,6 +359,14 @@ def test_offsets_mean_nothing_without_a_region(wire: Wire) -> None:
             refusal = refusal_of(wire.run(step).error)
             assert refusal.reason == "BAD_TENSOR"
             assert "absent where no region was asked for" in refusal.metadata["expected"]
+        append = v1.AppendRequest(
+            session_handle=victim.handle, num_tokens=1, k=step.k, v=tensor(NUM_KV_HEADS, 0)
+        )
+        once = v1.DecodeOnceRequest(step=in_region_step(wire, victim))
+        for call, request in ((wire.stub.DecodeOnce, once), (wire.stub.Append, iter([append]))):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(request, timeout=CALL_TIMEOUT_S)
+            assert refusal_of_call(refused.value).reason == "BAD_TENSOR"
 
 
 OFFSETS = st.none() | st.sampled_from([0, 64, 128, 256, 512, 1000, REGION_BYTES - 64, 2**64 - 64])

@@ -95,6 +95,12 @@ class OctavoStream:
         result = self._client.decode_batch(entries, *self._tensors)
         assert not result.errors, result.errors
 
+    @property
+    def is_sharing(self) -> bool:
+        """Whether the stream has a region."""
+        memory = self._client._memory
+        return memory is not None and memory._region is not None
+
     def open_more(self, count: int) -> None:
         """Open sessions that no step uses."""
         for _ in range(count):
