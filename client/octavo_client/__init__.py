@@ -57,6 +57,7 @@ from octavo_client._errors import (
     StepTimeout,
     StreamLimit,
 )
+from octavo_client._pipeline import Steps, micro_batches
 from octavo_client._session import Session
 from octavo_client._sync import Client
 from octavo_client._types import (
@@ -66,6 +67,7 @@ from octavo_client._types import (
     Model,
     ServerInfo,
     SessionState,
+    Step,
     StepOptions,
 )
 
@@ -109,9 +111,12 @@ __all__ = [
     "SessionState",
     "ShapeMismatch",
     "SharedMemoryUnavailable",
+    "Step",
     "StepExpired",
     "StepOptions",
     "StepTimeout",
+    "Steps",
     "StreamLimit",
     "Timeout",
+    "micro_batches",
 ]

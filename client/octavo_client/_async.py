@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from octavo.v1 import octavo_pb2 as pb
-from octavo_client import _retry
+from octavo_client import _pipeline, _retry
 from octavo_client._append import AppendPlan, Progress, plan_append
 from octavo_client._async_stream import AsyncDecodeStream
 from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
@@ -20,6 +20,7 @@ from octavo_client._config import Retry, Timeout
 from octavo_client._errors import MessageTooLarge, OctavoError
 from octavo_client._mirror import Mirror
 from octavo_client._order import Turns
+from octavo_client._pipeline import Action, Receive, Steps, Submit
 from octavo_client._retry import Attempts, CallRule
 from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
@@ -41,6 +42,8 @@ from octavo_client._wire import (
     read_session,
     truncate_request,
 )
+
+T = TypeVar("T")
 
 
 class AsyncClient:
@@ -147,6 +150,23 @@ class AsyncClient:
             still be applied.
         """
         return await self._submit(entries, (q, k, v), options, is_single=False)
+
+    async def pipeline(self, tasks: Iterable[Steps[T]]) -> list[T]:
+        """Run micro-batches so that one computes here while the attention of the others is on its way.
+
+        As Client.pipeline, and for the same generators; they compute on the event loop. Cancelling it closes them and
+        gives their steps in flight up; those that were sent may still be applied. Model code that awaits needs none of
+        it: coroutines that call decode_batch overlap in an asyncio.TaskGroup.
+        """
+        return await _pipeline.run_async(_pipeline.schedule(tasks), self._perform)
+
+    async def _perform(self, action: Action) -> Any:
+        if isinstance(action, Submit):
+            step = action.step
+            return await self.submit_batch(step.entries, step.q, step.k, step.v, **step.options)
+        if isinstance(action, Receive):
+            return await action.future
+        return await _pipeline.settle_async(action.futures, action.cause)
 
     async def _submit(
         self,

@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc
 
-from octavo.v1 import octavo_pb2 as pb
 from octavo_client._config import Retry
+from octavo_client._encoding import Result
 from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
 from octavo_client._exchange import Exchange, Job, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
@@ -24,7 +24,7 @@ from octavo_client._steps import Draft
 
 Outbox = asyncio.Queue[bytes | None]
 
-AsyncDecodeCall = grpc.aio.StreamStreamCall[Any, pb.DecodeResponse]
+AsyncDecodeCall = grpc.aio.StreamStreamCall[Any, Result]
 
 
 class AsyncDecodeStream:
@@ -140,7 +140,7 @@ class AsyncDecodeStream:
         self._send(self._exchange.on_open(asyncio.get_running_loop().time()))
         try:
             async for response in call:
-                if self._on_response(response):
+                if self._on_result(response):
                     break
         except grpc.RpcError as error:
             return error_from_rpc(error)
@@ -149,10 +149,10 @@ class AsyncDecodeStream:
             outbox.put_nowait(None)
         return self._exchange.ended()
 
-    def _on_response(self, response: pb.DecodeResponse) -> bool:
-        """Take a message; return whether it is time for another stream."""
-        outcomes, to_send, is_drained = self._exchange.on_response(
-            response, asyncio.get_running_loop().time()
+    def _on_result(self, result: Result) -> bool:
+        """Take a result; return whether it is time for another stream."""
+        outcomes, to_send, is_drained = self._exchange.on_result(
+            result, asyncio.get_running_loop().time()
         )
         self._send(to_send)
         if outcomes:

@@ -2,8 +2,8 @@
 
 grpcio's own object for a bidirectional call has a thread that sends, and one for the whole channel that receives and
 wakes whoever waits. Each of these switches costs as much as the rest of a client's step. Underneath, grpcio has calls
-whose events any thread may fetch for itself (it uses them for calls of one request); `DirectCall` is made of those. That
-part of grpcio is not its public interface: where it is not as expected, `QueuedCall` does the same by the public one.
+whose events any thread may fetch for itself (it uses them for calls of one request), and `DirectCall` is made of those.
+They are not its public interface: where they are not as expected, `QueuedCall` does the same by the public one.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from octavo.v1 import octavo_pb2 as pb
+from octavo_client._encoding import Result
 from octavo_client._errors import (
     ConnectionLost,
     Draining,
@@ -113,25 +113,25 @@ class Exchange:
         step = self._ledger.submit(
             job, draft.keys, has_kv=draft.has_kv, deadline=now + draft.timeout_s
         )
-        return step.step_id, _encode([step] if step.is_sent else [], now)
+        if step.is_sent:
+            return step.step_id, _encode([step], now)
+        draft.keep()
+        return step.step_id, []
 
-    def on_response(self, response: pb.DecodeResponse, now: float) -> Turn:
-        """Take a message of the server: a result, or where the memory is that it shares."""
+    def on_result(self, result: Result, now: float) -> Turn:
+        """Take a result, or where the memory is that the server shares; that of a step given up is dropped."""
+        head = result.head
         if self._memory is not None:
-            if response.HasField("region"):
-                self._memory.on_answer(response.region)
+            if result.region is not None:
+                self._memory.on_answer(result.region)
                 return Turn([], [])
-            self._memory.on_result(response.result.step_id)
-        return self.on_result(response.result, now)
-
-    def on_result(self, result: pb.StepResult, now: float) -> Turn:
-        """Take a result; that of a step which was given up is dropped."""
-        refusal = error_from_status(result.error) if result.HasField("error") else None
+            self._memory.on_result(head.step_id)
+        refusal = error_from_status(head.error) if head.HasField("error") else None
         if isinstance(refusal, Draining):
             self._draining = refusal
-            self._ledger.hold(result.step_id)
+            self._ledger.hold(head.step_id)
             return Turn([], [], self.is_drained)
-        step, to_send = self._ledger.resolve(result.step_id)
+        step, to_send = self._ledger.resolve(head.step_id)
         outcomes = [] if step is None else [_outcome(step, result, refusal)]
         return Turn(outcomes, _encode(to_send, now), self.is_drained)
 
@@ -210,7 +210,7 @@ def _encode_one(step: _Step, now: float) -> bytes:
     return step.payload.draft.encode(step.step_id, timeout_ms)
 
 
-def _outcome(step: _Step, result: pb.StepResult, refusal: RefusedError | None) -> Outcome:
+def _outcome(step: _Step, result: Result, refusal: RefusedError | None) -> Outcome:
     job = step.payload
     if isinstance(refusal, StepExpired) and step.has_kv and step.was_cut:
         # Only this sending expired; the one that the connection cut off may have run.

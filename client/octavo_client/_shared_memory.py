@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.v1 import octavo_pb2 as pb
+from octavo.v1.tensor_fields import TensorField
 from octavo_client import _tensors
-from octavo_client._encoding import encode_region_tensors, encode_tensors
+from octavo_client._encoding import Parts, encode_region_tensors, encode_tensors
 from octavo_client._status import error_from_status
 from octavo_client._tensors import HostArray
 
@@ -117,8 +118,8 @@ class PlacedTensors:
     out: int
     lse: int | None
 
-    def encode(self, header: pb.Step) -> bytes:
-        """Return the tensors as encoded fields of a message, and say in its header where the answer goes."""
+    def encode(self, header: pb.Step) -> Parts:
+        """Return the tensors as encoded fields of a message, in parts, and say in its header where the answer goes."""
         if not self.memory.is_shared(self.region):
             header.ClearField("out_region_offset")
             header.ClearField("lse_region_offset")
@@ -129,13 +130,13 @@ class PlacedTensors:
         self.memory.note_sent(header.step_id, self)
         return encode_region_tensors(self.arrays, self.offsets)
 
-    def read(self, tensor: pb.Tensor) -> HostArray:
+    def read(self, tensor: TensorField | None) -> HostArray:
         """Return a tensor of the answer as a read-only array, over the room when it is there.
 
         Raises:
             ValueError: It makes no sense.
         """
-        if not tensor.HasField("region_offset"):
+        if tensor is None or tensor.region_offset is None:
             return _tensors.from_wire(tensor)
         dtype = _tensors.host_dtype(tensor)
         start = tensor.region_offset - self.start
@@ -147,10 +148,6 @@ class PlacedTensors:
         array: HostArray = self.room[start:end].view(dtype).reshape(tensor.shape)
         array.flags.writeable = False
         return array
-
-
-Tensors = bytes | PlacedTensors
-"""A step's tensors on their way: encoded fields of a message, or in a region."""
 
 
 class SharedMemory:

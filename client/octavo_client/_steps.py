@@ -12,7 +12,7 @@ import numpy as np
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _tensors
 from octavo_client._config import check_seconds
-from octavo_client._encoding import encode_decode, encode_tensors
+from octavo_client._encoding import Parts, Result, encode_decode, encode_tensors, num_bytes
 from octavo_client._errors import (
     ClientClosed,
     OctavoError,
@@ -21,7 +21,7 @@ from octavo_client._errors import (
     message_too_large,
 )
 from octavo_client._mirror import Mirror
-from octavo_client._shared_memory import PlacedTensors, SharedMemory, Tensors
+from octavo_client._shared_memory import PlacedTensors, SharedMemory
 from octavo_client._status import error_from_status
 from octavo_client._tensors import HostArray, ToCaller
 from octavo_client._types import BatchResult, Model, StepOptions
@@ -39,9 +39,6 @@ _OPTIONS = frozenset(StepOptions.__annotations__)
 _MAX_START_POS_BYTES = 5
 _MAX_HEADER_BYTES = 96
 """Room for what is filled in when the step is placed and sent: positions, step_id, timeout_ms, the answer's place."""
-
-_MAX_TENSOR_HEAD_BYTES = 40
-"""Room for a tensor's tags, lengths, dtype and shape."""
 
 _LSE_BYTES = 4
 
@@ -61,7 +58,8 @@ class Draft:
 
     Attributes:
         header: The message without its tensors; positions, step_id and timeout_ms are filled in later.
-        tensors: q, and k and v: encoded fields of the message, or in shared memory.
+        tensors: q, and k and v: as encoded fields of the message, in parts, over the caller's arrays until `keep`; or
+            copied to shared memory.
         has_kv: Whether the step appends.
         placements: Its entries.
         to_caller: Turns an answer into the caller's kind of array.
@@ -70,7 +68,7 @@ class Draft:
     """
 
     header: pb.Step
-    tensors: Tensors
+    tensors: Parts | PlacedTensors
     has_kv: bool
     placements: Sequence[Placement]
     to_caller: ToCaller
@@ -106,20 +104,27 @@ class Draft:
         """Return the message, once the step is placed."""
         self.header.step_id = step_id
         self.header.timeout_ms = timeout_ms
-        fields = self.tensors
-        if isinstance(fields, PlacedTensors):
-            fields = fields.encode(self.header)
-        message = encode_decode(self.header, fields)
+        tensors = self.tensors
+        if isinstance(tensors, PlacedTensors):
+            message = encode_decode(self.header, tensors.encode(self.header))
+        else:
+            message = encode_decode(self.header, tensors)
+            self.tensors = [memoryview(message)[-num_bytes(tensors) :]]
         self.sent_bytes = len(message)
         return message
 
-    def read(self, result: pb.StepResult) -> BatchResult:
+    def keep(self) -> None:
+        """Copy the tensors, which the caller may change from now on; `encode` does so too."""
+        if not isinstance(self.tensors, PlacedTensors):
+            self.tensors = [b"".join(self.tensors)]
+
+    def read(self, result: Result) -> BatchResult:
         """Return a step's answer as the caller's kind of array, and note what is stored.
 
         Raises:
             OctavoError: The server's answer makes no sense.
         """
-        errors = {e.entry_idx: error_from_status(e.error) for e in result.entry_errors}
+        errors = {e.entry_idx: error_from_status(e.error) for e in result.head.entry_errors}
         self._settle(errors)
         return BatchResult(*self._arrays(result), errors, self._slices())
 
@@ -154,12 +159,12 @@ class Draft:
             end = starts[entry_idx] + placement.num_tokens
             placement.mirror.settle(placement.layer, end, errors.get(entry_idx))
 
-    def _arrays(self, result: pb.StepResult) -> tuple[Any, Any | None]:
+    def _arrays(self, result: Result) -> tuple[Any, Any | None]:
         tensors = self.tensors
         read = tensors.read if isinstance(tensors, PlacedTensors) else _tensors.from_wire
         try:
             out = read(result.out)
-            lse = read(result.lse) if result.HasField("lse") else None
+            lse = None if result.lse is None else read(result.lse)
         except ValueError as error:
             raise OctavoError(f"the server's answer makes no sense: {error}") from error
         return self.to_caller(out), None if lse is None else self.to_caller(lse)
@@ -200,19 +205,21 @@ def draft_step(
     arrays = _host_arrays(tensors)
     _check_arrays(arrays, model, sum(placement.num_tokens for placement in placements))
     header = _header(placements, options, has_kv="k" in arrays)
-    num_bytes = (
-        sum(array.nbytes + _MAX_TENSOR_HEAD_BYTES for array in arrays.values())
+    fields = {_FIELDS[name]: array for name, array in arrays.items()}
+    encoded = encode_tensors(fields)
+    message_bytes = (
+        num_bytes(encoded)
         + header.ByteSize()
         + _MAX_HEADER_BYTES
         + _MAX_START_POS_BYTES * len(placements)
     )
-    if num_bytes > max_message_bytes:
-        raise message_too_large(num_bytes, max_message_bytes)
-    encoded = _place_or_encode(arrays, header, memory)
+    if message_bytes > max_message_bytes:
+        raise message_too_large(message_bytes, max_message_bytes)
+    placed = None if memory is None else _place(fields, header, memory)
     timeout_s = options.get("timeout")
     timeout_s = default_timeout_s if timeout_s is None else timeout_s
     to_caller = _tensors.like(tensors[0])
-    return Draft(header, encoded, "k" in arrays, placements, to_caller, timeout_s)
+    return Draft(header, placed or encoded, "k" in arrays, placements, to_caller, timeout_s)
 
 
 def timed_out(draft: Draft, may_be_applied: bool) -> StepTimeout:
@@ -221,6 +228,8 @@ def timed_out(draft: Draft, may_be_applied: bool) -> StepTimeout:
 
 
 def _check_options(options: StepOptions) -> None:
+    if not options:
+        return
     unknown = options.keys() - _OPTIONS
     if unknown:
         names, known = ", ".join(sorted(unknown)), ", ".join(sorted(_OPTIONS))
@@ -279,23 +288,22 @@ def _host_arrays(tensors: tuple[Any, Any | None, Any | None]) -> dict[str, HostA
 
 
 def _check_arrays(arrays: dict[str, HostArray], model: Model, num_tokens: int) -> None:
+    dtype = arrays["q"].dtype
     for name, array in arrays.items():
         num_heads = model.num_q_heads if name == "q" else model.num_kv_heads
-        _tensors.check_shape(name, array, (num_tokens, num_heads, model.head_dim))
-        _tensors.check_dtype(name, array, arrays["q"].dtype)
+        shape = (num_tokens, num_heads, model.head_dim)
+        if array.shape != shape:
+            _tensors.check_shape(name, array, shape)
+        if array.dtype != dtype:
+            _tensors.check_dtype(name, array, dtype)
 
 
-def _place_or_encode(
-    arrays: dict[str, HostArray], header: pb.Step, memory: SharedMemory | None
-) -> Tensors:
-    """Copy the tensors, once: the caller may change them when the step is on its way."""
-    fields = {_FIELDS[name]: array for name, array in arrays.items()}
-    placed = None
-    if memory is not None:
-        q = arrays["q"]
-        lse_bytes = q.shape[0] * q.shape[1] * _LSE_BYTES if header.return_lse else 0
-        placed = memory.place(fields, q.nbytes, lse_bytes)
-    return encode_tensors(fields) if placed is None else placed
+def _place(
+    fields: dict[int, HostArray], header: pb.Step, memory: SharedMemory
+) -> PlacedTensors | None:
+    q = fields[pb.Step.Q_FIELD_NUMBER]
+    lse_bytes = q.shape[0] * q.shape[1] * _LSE_BYTES if header.return_lse else 0
+    return memory.place(fields, q.nbytes, lse_bytes)
 
 
 def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bool) -> pb.Step:

@@ -16,9 +16,9 @@ from typing import Any
 
 import grpc
 
-from octavo.v1 import octavo_pb2 as pb
 from octavo_client._call import DecodeCall
 from octavo_client._config import Retry
+from octavo_client._encoding import Result, parse_response
 from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
 from octavo_client._exchange import Exchange, Job, Outcome, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
@@ -163,11 +163,14 @@ class DecodeStream:
 
     def _read_own(self, call: DecodeCall, future: Future[Any]) -> None:
         """Read until this thread's step has its answer; what goes wrong is left to the thread that else reads."""
-        failure: OctavoError | None = unexpected(RuntimeError("the caller was interrupted"))
+        failure: OctavoError | None = None
         try:
             failure = self._read(call, future.done)
         except Exception as error:
             failure = unexpected(error)
+        except BaseException:
+            failure = unexpected(RuntimeError("the caller was interrupted"))
+            raise
         finally:
             with self._lock:
                 self._own_reader = self._own_thread = None
@@ -243,7 +246,7 @@ class DecodeStream:
         """Read a stream until it need not be read any more; return why it ended, if it did."""
         try:
             while not is_done():
-                if self._on_response(pb.DecodeResponse.FromString(next(call))):
+                if self._on_result(parse_response(next(call))):
                     break
             else:
                 return None
@@ -264,10 +267,10 @@ class DecodeStream:
             call.cancel()
         return call
 
-    def _on_response(self, response: pb.DecodeResponse) -> bool:
-        """Take a message; return whether it is time for another stream."""
+    def _on_result(self, result: Result) -> bool:
+        """Take a result; return whether it is time for another stream."""
         with self._lock:
-            outcomes, to_send, is_drained = self._exchange.on_response(response, time.monotonic())
+            outcomes, to_send, is_drained = self._exchange.on_result(result, time.monotonic())
             self._send(to_send)
         if outcomes:
             self._backoff.reset()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any, Self, Unpack
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from octavo.v1 import octavo_pb2 as pb
-from octavo_client import _retry
+from octavo_client import _pipeline, _retry
 from octavo_client._append import AppendPlan, Progress
 from octavo_client._call import open_call
 from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
 from octavo_client._config import Retry, Timeout
 from octavo_client._errors import MessageTooLarge
 from octavo_client._mirror import Mirror
+from octavo_client._pipeline import Action, Receive, Steps, Submit
 from octavo_client._retry import Attempts, CallRule
 from octavo_client._session import Session
 from octavo_client._shared_memory import SharedMemory
@@ -36,6 +37,8 @@ from octavo_client._wire import (
     read_server_info,
     read_session,
 )
+
+T = TypeVar("T")
 
 
 class Client:
@@ -169,6 +172,49 @@ class Client:
             CallTimeout, ConnectionLost, SessionNotFound: The server was to be asked first, and this came of it.
         """
         return self._submit(entries, (q, k, v), options, is_single=False)
+
+    def pipeline(self, tasks: Iterable[Steps[T]]) -> list[T]:
+        """Run micro-batches so that one computes here while the attention of the others is on its way.
+
+        A task is a generator: model code that yields a Step wherever it would call decode_batch, and receives its
+        BatchResult:
+
+            def decode(rows):
+                x = embed(tokens[rows])
+                for layer in range(num_layers):
+                    entries = [Entry(session, layer) for session in sessions[rows]]
+                    result = yield Step(entries, *project_qkv(layer, x))
+                    x = finish_layer(layer, x, result.raise_for_errors().out)
+                return logits(x)
+
+            parts = client.pipeline(decode(rows) for rows in micro_batches(len(sessions)))
+
+        It pays while the steps and the computing of half a batch each take about half the time of a whole one: each
+        part then hides behind the other. Every micro-batch costs a message a layer. A task may go on over many tokens;
+        the pipeline then never runs empty in between. All of it runs in the calling thread, one task at a time; a task
+        whose answer is there goes on first, else the one that has waited longest.
+
+        Args:
+            tasks: The generators, begun in this order; each has one step in flight. micro_batches cuts a batch.
+
+        Returns:
+            What the tasks returned, in their order.
+
+        Raises:
+            Exception: What a task raised first, with a note which task it was. What decode_batch would have raised is
+                raised at the task's yield, where it can be caught. No step stays behind: those of the other tasks that
+                are in flight are waited for, then the tasks are closed. Layers may have come unequally far by then:
+                truncate the sessions to a common length before going on.
+        """
+        return _pipeline.run(_pipeline.schedule(tasks), self._perform)
+
+    def _perform(self, action: Action) -> Any:
+        if isinstance(action, Submit):
+            step = action.step
+            return self.submit_batch(step.entries, step.q, step.k, step.v, **step.options)
+        if isinstance(action, Receive):
+            return action.future.result()
+        return wait(action.futures)
 
     def _submit(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -130,6 +130,25 @@ class StepOptions(TypedDict, total=False):
     causal: bool
     return_lse: bool
     timeout: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One step as a task of Client.pipeline yields it: what decode_batch takes.
+
+    Attributes:
+        entries: What the rows of q, k and v belong to, one after the other.
+        q: [total_tokens, num_q_heads, head_dim] float16, bfloat16 or float32, numpy or torch.
+        k: [total_tokens, num_kv_heads, head_dim] of q's dtype, to be appended; None = only read.
+        v: As k.
+        options: See StepOptions.
+    """
+
+    entries: Sequence[Entry]
+    q: Any
+    k: Any | None = None
+    v: Any | None = None
+    options: StepOptions = field(default_factory=StepOptions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,7 +1,8 @@
 """The engine: owns every session and pool, and runs queued steps through the backend, one launch at a time.
 
 Handler threads submit work and read state. A thread that brings work to an idle engine may take that turn itself, which
-saves it two switches of threads; all other turns are the engine thread's, and there is one at a time. All mutable state is guarded by one lock, which is never held while the backend runs.
+saves it two switches of threads; all other turns are the engine thread's, and there is one at a time. All mutable state
+is guarded by one lock, which is never held while the backend runs.
 """
 
 from __future__ import annotations
@@ -63,8 +64,7 @@ class ModelPool:
         return self.cache.spec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _QueuedStep:
+class _QueuedStep(NamedTuple):
     """A step in the queue, with the sessions that its handles named when it arrived."""
 
     request: StepRequest
@@ -73,8 +73,7 @@ class _QueuedStep:
     answer: Callable[[StepAnswer], None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _QueuedChange:
+class _QueuedChange(NamedTuple):
     """A truncate or close in the queue."""
 
     session: Session

@@ -163,27 +163,27 @@ def _clear_refused(rows: NDArray[Any] | None, entries: Sequence[LaunchEntry]) ->
 
 def build_batch(entries: Sequence[LaunchEntry], block_size: int) -> RaggedBatch:
     """Lay entries out as arrays and compute their slots on the host."""
-    admissions = [entry.admission for entry in entries]
+    num_entries = len(entries)
     # The layer and position of a refused entry, and the position of one that is not causal, may be out of range.
     layers = [entry.layer if entry.admission.kv_len else 0 for entry in entries]
     start_pos = [
         entry.start_pos if entry.admission.kv_len and entry.is_causal else 0 for entry in entries
     ]
+    kv_lens = [entry.admission.kv_len for entry in entries]
     token_starts = list(accumulate([entry.num_tokens for entry in entries], initial=0))
-    is_append = [admission.is_append for admission in admissions]
+    is_append = [entry.admission.is_append for entry in entries]
     tables = [_block_table(entry) for entry in entries]
-    if token_starts[-1] == len(entries):
-        slots = _token_slots(tables, start_pos, is_append, block_size)
-    else:
-        slots = map_slots(tables, start_pos, token_starts, is_append, block_size)
+    map_rows = _map_tokens if token_starts[-1] == num_entries else map_slots
+    # One array and views of it: for a few entries it is making arrays that takes the time.
+    numbers = np.array([*layers, *start_pos, *kv_lens, *token_starts], np.int32)
     return RaggedBatch(
-        layers=np.array(layers, np.int32),
-        start_pos=np.array(start_pos, np.int32),
-        token_starts=np.array(token_starts, np.int32),
-        kv_lens=np.array([admission.kv_len for admission in admissions], np.int32),
+        layers=numbers[:num_entries],
+        start_pos=numbers[num_entries : 2 * num_entries],
+        token_starts=numbers[3 * num_entries :],
+        kv_lens=numbers[2 * num_entries : 3 * num_entries],
         is_causal=np.array([entry.is_causal for entry in entries], np.bool_),
         block_tables=pad_block_tables(tables),
-        slot_mapping=slots,
+        slot_mapping=map_rows(tables, start_pos, token_starts, is_append, block_size),
     )
 
 
@@ -195,13 +195,14 @@ def pad_block_tables(tables: Sequence[array[int]]) -> NDArray[np.int32]:
     return np.frombuffer(rows, np.int32).reshape(len(tables), width)
 
 
-def _token_slots(
+def _map_tokens(
     tables: Sequence[array[int]],
     start_pos: Sequence[int],
+    _token_starts: Sequence[int],
     is_append: Sequence[bool],
     block_size: int,
 ) -> NDArray[np.int64]:
-    """Return `map_slots` of entries of one token each: for a few of them lists are faster than arrays."""
+    """Return `map_slots` of entries of one token each, for which lists are faster than arrays."""
     slots = [
         table[position // block_size] * block_size + position % block_size if stores else NO_SLOT
         for table, position, stores in zip(tables, start_pos, is_append, strict=True)

@@ -8,7 +8,6 @@ touches the session, and everything after waits for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 Payload = TypeVar("Payload")
@@ -24,8 +23,11 @@ class WorkKey(NamedTuple):
     layer: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class WorkItem(Generic[Payload]):
+def _never() -> bool:
+    return False
+
+
+class WorkItem(NamedTuple, Generic[Payload]):
     """One queued step, truncate or close.
 
     Attributes:
@@ -42,7 +44,7 @@ class WorkItem(Generic[Payload]):
     batch_key: Hashable = None
     num_tokens: int = 0
     deadline: float = float("inf")
-    is_cancelled: Callable[[], bool] = field(default=lambda: False)
+    is_cancelled: Callable[[], bool] = _never
 
 
 class Turn(NamedTuple, Generic[Payload]):

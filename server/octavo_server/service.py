@@ -199,22 +199,22 @@ class OctavoService:
         self, request: v1.DecodeOnceRequest, context: grpc.ServicerContext
     ) -> v1.DecodeOnceResponse:
         with self._waiting_calls.open(context):
-            answer = self._run_step(codec.read_step(request.step), _Caller(context))
-        response = v1.DecodeOnceResponse()
-        codec.write_answer(response.result, request.step.step_id, answer)
-        return response
+            step = request.step
+            step_request = codec.read_step(step, codec.step_tensors(step))
+            answer = self._run_step(step_request, _Caller(context))
+        return v1.DecodeOnceResponse(result=codec.write_result(step.step_id, answer))
 
     def _append(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         stored = v1.AppendResponse()
         with self.streams.open(context), refusing(context, stored):
             caller = _Caller(context)
             for data in requests:
-                message = codec.parse(v1.AppendRequest, data)
-                answer = self._run_step(codec.read_append(message), caller)
+                request = codec.read_append(data)
+                answer = self._run_step(request, caller)
                 for error in answer.entry_errors.values():
                     raise error
                 stored.num_messages += 1
-                self._write_session(stored.session, message.session_handle)
+                self._write_session(stored.session, request.handles[0])
         return stored.SerializeToString()
 
     def _decode(
@@ -238,7 +238,9 @@ class OctavoService:
     def _run_step(self, request: StepRequest, caller: _Caller) -> StepAnswer:
         """Run a step and wait for its answer; raises its error, or CancelledError when the client has gone."""
         future: Future[StepAnswer] = Future()
-        self._engine.submit(request, lambda answer: _resolve(future, answer), future.cancelled)
+        self._engine.submit(
+            request, lambda answer: _resolve(future, answer), future.cancelled, may_lead=True
+        )
         answer = caller.wait(future)
         if answer.error is not None:
             raise answer.error

@@ -170,6 +170,10 @@ class Session:
     def _reserve(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """Make [start, end) writable, all or nothing; return the blocks to copy because another session reads them."""
         first, last = start // self.spec.block_size, self._num_blocks_for(end)
+        if last == first + 1 == len(self.block_table) and not self.pool.is_shared(
+            self.block_table[first]
+        ):
+            return ()  # as with most tokens of a decode
         shared = [
             idx
             for idx in range(first, min(last, len(self.block_table)))

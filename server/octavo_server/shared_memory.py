@@ -27,7 +27,7 @@ import mmap
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple, Self
@@ -145,19 +145,31 @@ class AnswerPlace:
     out: int | None = None
     lse: int | None = None
 
+    def write(self, name: str, array: NDArray[Any]) -> int | None:
+        """Write `out` or `lse`, contiguous, to its place and return that; None when it goes into the result."""
+        offset = self.out if name == "out" else self.lse
+        if self.region is None or offset is None:
+            return None
+        self.region.write(offset, array)
+        return offset
+
 
 IN_RESULT = AnswerPlace()
 """The place of an answer that goes into the result."""
 
 
 def answer_place(
-    step: v1.Step, tensors: Sequence[tuple[str, NDArray[Any]]], region: Region | None
+    step: v1.Step,
+    tensors: Sequence[tuple[str, NDArray[Any]]],
+    placed: Mapping[str, int | None],
+    region: Region | None,
 ) -> AnswerPlace:
     """Return where the answer to a step goes.
 
     Args:
         step: The step, whose tensors were read.
         tensors: Its tensors, each with its name.
+        placed: Where in the region they lie, by name; None = in the message.
         region: The stream's, if it has one.
 
     Raises:
@@ -173,9 +185,9 @@ def answer_place(
     num_bytes = {"out": q.nbytes, "lse": q.shape[0] * q.shape[1] * _LSE_BYTES}
     extents = [Extent(name, offset, num_bytes[name]) for name, offset in offsets.items()]
     for name, tensor in tensors:
-        message = getattr(step, name)
-        if message.HasField("region_offset"):
-            extents.append(Extent(name, message.region_offset, tensor.nbytes))
+        offset = placed[name]
+        if offset is not None:
+            extents.append(Extent(name, offset, tensor.nbytes))
     region.check(extents)
     return AnswerPlace(region, offsets.get("out"), offsets.get("lse"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,7 @@ from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.model import ModelSpec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepRequest:
+class StepRequest(NamedTuple):
     """A ragged batch of entries; entry e is (handles[e], layers[e], start_pos[e], num_tokens[e]).
 
     Attributes:

@@ -15,11 +15,10 @@ from queue import SimpleQueue
 
 import grpc
 
-from octavo import v1
 from octavo_server import codec, status
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, mismatch
-from octavo_server.shared_memory import IN_RESULT, AnswerPlace, StreamMemory, answer_place
+from octavo_server.shared_memory import IN_RESULT, AnswerPlace, StreamMemory
 from octavo_server.step import StepAnswer
 
 log = logging.getLogger(__name__)
@@ -113,17 +112,17 @@ class StepStream:
         """Submit a step; returns whether its answer comes to `_own_answers`, else to `_answers`."""
         step_id, answers = 0, self._own_answers
         try:
-            message = codec.parse(v1.DecodeRequest, data)
-            if message.HasField("region"):
+            if codec.asks_for_region(data):
                 self._post(codec.encode_region(self._memory.open()))
                 return False
-            step, region = message.step, self._memory.region
+            step, tensors = codec.parse_step(data)
             step_id, is_awaited = step.step_id, step.waits_for_answer
             if not is_awaited:
                 answers = self._answers
                 self._ensure_sender()
-            request = codec.read_step(step, region)
-            place = answer_place(step, request.tensors, region)
+            region = self._memory.region
+            request = codec.read_step(step, tensors, region)
+            place = codec.read_place(step, tensors, request, region)
             self._engine.submit(
                 request,
                 lambda answer: answers.put((step_id, answer, place)),
@@ -159,7 +158,7 @@ class StepStream:
                 self._send(*item)
 
     def _send(self, step_id: int, answer: StepAnswer, place: AnswerPlace) -> None:
-        self._post(codec.encode_answer(step_id, answer, place))
+        self._post(codec.encode_response(step_id, answer, place))
 
     def _post(self, response: bytes) -> None:
         with self._is_sending:

@@ -506,7 +506,9 @@ def test_a_server_that_drains_refuses_new_work_and_finishes_the_old() -> None:
     with serving() as wire:
         victim = wire.open()
         step = wire.step((victim, 0, 1))
-        stream = Stream(wire.stub)
+        stream, idle = Stream(wire.stub), Stream(wire.stub)
+        idle.send(wire.step((wire.open(), 0, 1), waits_for_answer=True))
+        idle.receive()
         wire.backend.shut()
         stream.send(step)
         assert wire.backend.is_running.wait(CALL_TIMEOUT_S)
@@ -524,7 +526,11 @@ def test_a_server_that_drains_refuses_new_work_and_finishes_the_old() -> None:
         with pytest.raises(grpc.RpcError) as refused:
             stream.receive()
         confirm(refusal_of_call(refused.value), Reason.DRAINING)
+        with pytest.raises(grpc.RpcError) as refused:
+            idle.receive()
+        confirm(refusal_of_call(refused.value), Reason.DRAINING)
         stopping.join(CALL_TIMEOUT_S)
+        wait_until(lambda: not wire.server._service._step_streams)
 
 
 def test_a_server_whose_device_failed_refuses_everything_and_turns_unready() -> None:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import octavo_client as oc
 from octavo import v1
+from octavo.v1.tensor_fields import WORTH_CUTTING_BYTES
 from octavo_client import _shared_memory
 from octavo_server import shared_memory
 from octavo_server.shared_memory import Region
@@ -318,6 +319,26 @@ def in_region_step(wire: Wire, caching: Caching, **changes: Any) -> v1.Step:
         "lse_region_offset": 768,
     }
     return wire.step((caching, 0, 1), **(placed | changes))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 90])
+def test_a_step_may_lie_half_in_its_message(wire: Wire, num_tokens: int) -> None:
+    """The message of the larger step is cut by its fields rather than parsed whole."""
+    sessions = [wire.open(), wire.open()]
+    step = wire.step(*((session, 0, num_tokens) for session in sessions))
+    sent = v1.Step()
+    sent.CopyFrom(step)
+    with wire.stream() as stream:
+        memory = _shared_memory._open(ask(stream))
+        memory[: len(step.v.data)] = step.v.data
+        sent.v.data, sent.v.region_offset = b"", 0
+        sent.out_region_offset = out = 1 << 16
+        assert (sent.ByteSize() > WORTH_CUTTING_BYTES) == (num_tokens == 90)
+        stream.send(sent)
+        result = stream.receive()
+    assert (result.out.data, result.out.region_offset) == (b"", out)
+    result.out.data = memory[out : out + len(step.q.data)]
+    wire.check(step, result, [(session, 0) for session in sessions])
 
 
 def with_data(message: v1.Tensor) -> v1.Tensor:

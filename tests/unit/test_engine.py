@@ -403,3 +403,55 @@ def test_sessions_are_listed_in_pages_in_the_order_of_opening(bench: Bench) -> N
 def test_an_unknown_model_is_refused(bench: Bench) -> None:
     with pytest.raises(OctavoError, match="ServerInfo lists"):
         bench.open("missing")
+
+
+def test_an_idle_engine_runs_a_step_in_the_thread_that_brings_it(bench: Bench) -> None:
+    bench.backend.binds_caller = False
+    handle = bench.open()
+    answers: list[StepAnswer] = []
+    bench.engine.submit(step((handle, 0, 0, 1)), answers.append, may_lead=True)
+    assert [answer.error for answer in answers] == [None]
+    assert bench.backend.threads[-1] is threading.current_thread()
+    assert bench.run(step((handle, 0, 1, 1))).error is None
+    assert bench.backend.threads[-1].name == "octavo-engine"
+
+
+def test_a_backend_that_binds_its_caller_has_one(bench: Bench) -> None:
+    bench.backend.binds_caller = True
+    answers: SimpleQueue[StepAnswer] = SimpleQueue()
+    bench.engine.submit(step((bench.open(), 0, 0, 1)), answers.put, may_lead=True)
+    assert answers.get(timeout=WAIT_S).error is None
+    assert {thread.name for thread in bench.backend.threads} == {"octavo-engine"}
+
+
+def test_a_step_that_comes_while_another_thread_leads_is_the_engines(bench: Bench) -> None:
+    first, second = bench.open(), bench.open()
+    bench.backend.may_run.clear()
+    leader = threading.Thread(
+        target=bench.engine.submit,
+        args=(step((first, 0, 0, 1)), lambda _: None),
+        kwargs={"may_lead": True},
+    )
+    leader.start()
+    assert bench.backend.is_running.wait(WAIT_S)
+    answers: SimpleQueue[StepAnswer] = SimpleQueue()
+    bench.engine.submit(step((second, 0, 0, 1)), answers.put, may_lead=True)
+    bench.backend.may_run.set()
+    assert answers.get(timeout=WAIT_S).error is None
+    leader.join(WAIT_S)
+    assert [thread.name for thread in bench.backend.threads[-1:]] == ["octavo-engine"]
+    assert bench.backend.threads[0] is leader
+
+
+def test_draining_waits_for_whoever_leads(bench: Bench) -> None:
+    bench.backend.may_run.clear()
+    request = step((bench.open(), 0, 0, 1))
+    leader = threading.Thread(
+        target=bench.engine.submit, args=(request, lambda _: None), kwargs={"may_lead": True}
+    )
+    leader.start()
+    assert bench.backend.is_running.wait(WAIT_S)
+    assert not bench.engine.drain(0.01)
+    bench.backend.may_run.set()
+    assert bench.engine.drain(WAIT_S)
+    leader.join(WAIT_S)

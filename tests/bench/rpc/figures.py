@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 
 from octavo_client import Client, _shared_memory
+from tests.bench.rpc import pytriton_peer
 from tests.bench.rpc.echo import OPTIONS
 from tests.bench.rpc.serve import MODEL, Process, serving
 from tests.bench.rpc.streams import (
@@ -33,6 +34,8 @@ Rounds = Mapping[str, Sequence[float]]
 OCTAVO, ECHO, ECHO_ASYNCIO = "Octavo, null backend", "echo", "echo, asyncio server"
 OCTAVO_CPU = "Octavo, cpu backend"
 OVER_TCP, OVER_UNIX, OVER_SHARED = "over TCP", "over a Unix socket", "in shared memory"
+PYTRITON = "PyTriton"
+BESIDE_PYTRITON = "one stream, 1 session a step, beside PyTriton, p50"
 
 NUM_WARM = 50
 UPLOAD_TOKENS = 8192
@@ -50,11 +53,13 @@ class Row:
         label: What.
         unit: Of the figures.
         rounds: The figures.
+        skipped: Why there are none.
     """
 
     label: str
     unit: str
     rounds: Rounds
+    skipped: str = ""
 
     def summary(self, name: str) -> Summary:
         """Return a contestant's figures, summarized."""
@@ -122,6 +127,21 @@ def latency(rig: Rig, num_sessions: int) -> tuple[Row, Row]:
                 p99[name].append(float(np.percentile(samples, 99)))
     what = f"one stream, {num_sessions} session{'s' * (num_sessions > 1)} a step"
     return Row(f"{what}, p50", "us", p50), Row(f"{what}, p99", "us", p99)
+
+
+def beside_pytriton(rig: Rig) -> Row:
+    """Time a step in turn with one over PyTriton's gRPC stream, with as many bytes; skipped where that is not there."""
+    p50: dict[str, list[float]] = {OCTAVO: [], PYTRITON: []}
+    try:
+        with pytriton_peer.peer() as peer, _open({OCTAVO: [rig.stream(OCTAVO, 1)]}) as streams:
+            peer.latencies_us(NUM_WARM)
+            for _ in range(rig.num_rounds):
+                ours = latencies_us(streams[OCTAVO][0], rig.num_calls)
+                p50[OCTAVO].append(float(np.percentile(ours, 50)))
+                p50[PYTRITON].append(float(np.percentile(peer.latencies_us(rig.num_calls), 50)))
+    except pytriton_peer.UnavailableError as reason:
+        return Row(BESIDE_PYTRITON, "us", {}, skipped=str(reason))
+    return Row(BESIDE_PYTRITON, "us", p50)
 
 
 def with_attention(rig: Rig, num_sessions: int, context: int) -> Row:
@@ -265,6 +285,7 @@ def measure(rig: Rig, say: Callable[[str], None]) -> Iterator[Row]:
         ("the cpu backend, context 64", lambda: [with_attention(rig, n, 64) for n in (1, 64)]),
         ("the cpu backend, context 4,096", lambda: [with_attention(rig, 1, 4096)]),
         ("a prompt's upload", lambda: [upload(rig)]),
+        ("PyTriton", lambda: [beside_pytriton(rig)]),
         ("many idle sessions", lambda: [idle_sessions(rig)]),
         ("batching", lambda: [batching(rig)]),
     ]
