@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -162,6 +163,7 @@ def run(config: ServerConfig) -> int:
     server = Server(config, on_failure=alarm.ring)
     # The pools are there; from here on torch's threads would only be in the way of the backend's.
     torch.set_num_threads(1)
+    settle_memory()
     alarm.watch_signals()
     port = server.start()
     # Scripts that start a server with --port 0 read the first of these lines.
@@ -180,6 +182,12 @@ def run(config: ServerConfig) -> int:
         "stopped; work was left unfinished after drain_timeout_s, %g s", config.drain_timeout_s
     )
     return 1
+
+
+def settle_memory() -> None:
+    """Keep what a process has once its server is made, all of torch, out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 class _Alarm:

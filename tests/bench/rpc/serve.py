@@ -24,7 +24,7 @@ from octavo_server import server as server_module
 from octavo_server.backends.base import Backend
 from octavo_server.config import ModelConfig, ServerConfig
 from octavo_server.model import ModelSpec, default_sm_scale
-from octavo_server.server import Server
+from octavo_server.server import Server, settle_memory
 from tests.bench.rpc.echo import MAX_MESSAGE_BYTES, serve_asyncio, serve_sync
 from tests.bench.rpc.null_backend import CountingBackend, NullBackend
 from tests.bench.shapes import LLAMA
@@ -156,6 +156,7 @@ def _serve_octavo(backend: CountingBackend, unix_socket: str) -> int:
     # The server's own way to a backend, with this one at its end.
     with mock.patch.object(server_module, "create_backend", return_value=backend):
         server = Server(config)
+    settle_memory()
     return server.start()
 
 
