@@ -22,6 +22,7 @@ from octavo_client._mirror import Mirror
 from octavo_client._order import Turns
 from octavo_client._pipeline import Action, Receive, Steps, Submit
 from octavo_client._retry import Attempts, CallRule
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Placement, draft_step
 from octavo_client._tensors import num_rows
@@ -53,21 +54,33 @@ class AsyncClient:
     Made, used and closed on one running event loop. An async context manager: leaving it closes.
 
     Args:
-        target: The server, such as "localhost:50051"; reached directly, whatever http_proxy says.
+        target: The server, such as "localhost:50051" or "unix:/run/octavo.sock"; reached directly, whatever http_proxy
+            says.
         timeout: How long to wait for what.
         retry: How often to try again, where that is safe.
+        shared_memory: Whether steps of 128 KiB and more leave their tensors in memory shared with the server: on the
+            server's machine, as its user, and with `shared_memory: true` in its config. Where that cannot be, a warning
+            is logged (logger octavo_client) and tensors go over gRPC.
     """
 
     def __init__(
-        self, target: str, *, timeout: Timeout | None = None, retry: Retry | None = None
+        self,
+        target: str,
+        *,
+        timeout: Timeout | None = None,
+        retry: Retry | None = None,
+        shared_memory: bool = False,
     ) -> None:
         self._timeout = timeout or Timeout()
         self._retry = retry or Retry()
+        self._memory = SharedMemory() if shared_memory else None
         options = channel_options(self._timeout, self._retry)
         self._channel = grpc.aio.insecure_channel(target, options)
         self._append_rpc = self._channel.stream_unary(*APPEND_RPC)
         self._decode_rpc = self._channel.stream_stream(*DECODE_RPC)
-        self._stream = AsyncDecodeStream(self._decode_rpc, self._retry, self._forget_info)
+        self._stream = AsyncDecodeStream(
+            self._decode_rpc, self._retry, self._forget_info, self._memory
+        )
         self._turns = Turns()
         self._info: ServerInfo | None = None
 
@@ -178,6 +191,7 @@ class AsyncClient:
                 options,
                 default_timeout_s=self._timeout.step_s,
                 max_message_bytes=(await self._known_info()).max_message_bytes,
+                memory=self._memory,
             )
             for mirror in draft.stale:
                 await self._refresh(mirror)

@@ -18,6 +18,7 @@ from octavo_client._encoding import Result
 from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
 from octavo_client._exchange import Exchange, Job, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Draft
 
@@ -33,6 +34,7 @@ class AsyncDecodeStream:
         open_call: Starts a Decode call that sends the given messages.
         retry: How often to open again.
         on_too_large: Called when the server ended a stream because a message was over its limit.
+        memory: What the client may share with the server.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class AsyncDecodeStream:
         open_call: Callable[[AsyncIterator[bytes]], AsyncDecodeCall],
         retry: Retry,
         on_too_large: Callable[[], None],
+        memory: SharedMemory | None = None,
     ) -> None:
         self._open_call = open_call
         self._on_too_large = on_too_large
         self._backoff = Backoff(retry)
-        self._exchange = Exchange()
+        self._exchange = Exchange(memory)
         self._outbox: Outbox = asyncio.Queue()
         self._reader: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -90,6 +93,7 @@ class AsyncDecodeStream:
             self._reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader
+        self._exchange.on_broken()
 
     def _send(self, messages: list[bytes]) -> None:
         for message in messages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,17 +23,19 @@ Parts = list[bytes | memoryview]
 
 
 class Result(NamedTuple):
-    """An answer to a step.
+    """An answer to a step, or to the request for a region.
 
     Attributes:
         head: The result; its own tensors are not to be looked at.
         out: The attention output, if there is one.
         lse: The log-sum-exp, if there is one.
+        region: The answer to the request for a region; there is nothing else then.
     """
 
     head: pb.StepResult
     out: TensorField | None
     lse: TensorField | None
+    region: pb.RegionResponse | None = None
 
 
 def parse_response(message: bytes) -> Result:
@@ -42,7 +45,10 @@ def parse_response(message: bytes) -> Result:
         DecodeError: It is none.
     """
     if len(message) < tensor_fields.WORTH_CUTTING_BYTES:
-        return result_of(pb.DecodeResponse.FromString(message).result)
+        response = pb.DecodeResponse.FromString(message)
+        if response.HasField("region"):
+            return Result(response.result, None, None, response.region)
+        return result_of(response.result)
     try:
         span = tensor_fields.only_field(message, pb.DecodeResponse.RESULT_FIELD_NUMBER)
         rest, tensors = tensor_fields.cut_tensors(message, _RESULT_TENSORS, span)
@@ -64,6 +70,21 @@ def encode_tensors(arrays: Mapping[int, HostArray]) -> Parts:
     """Return arrays of any strides, by field number, as Tensor fields of a message: parts over the arrays' memory."""
     contiguous = {number: np.ascontiguousarray(array) for number, array in arrays.items()}
     return tensor_fields.encode_tensors(contiguous, WIRE_DTYPES)
+
+
+def encode_region_tensors(arrays: Mapping[int, HostArray], offsets: Mapping[int, int]) -> Parts:
+    """Return arrays that lie in a region, by field number, as Tensor fields of a message."""
+    return [
+        _in_region(number, WIRE_DTYPES[array.dtype], array.shape, offsets[number])
+        for number, array in arrays.items()
+    ]
+
+
+@lru_cache(maxsize=256)
+def _in_region(number: int, dtype: pb.DataType, shape: tuple[int, ...], offset: int) -> bytes:
+    """Return a Tensor field; decoding sends few shapes at few offsets again and again."""
+    tensor = pb.Tensor(dtype=dtype, shape=shape, region_offset=offset)
+    return b"".join(tensor_fields.encode_field(number, [tensor.SerializeToString()]))
 
 
 def num_bytes(parts: Parts) -> int:

@@ -8,7 +8,8 @@
     │   ├── PositionMismatch        ├── MalformedMessage     ├── ScaleOverflow
     │   ├── ContextTooLong          ├── BadTensor            ├── StepExpired
     │   ├── OutOfBlocks             ├── ShapeMismatch        ├── Draining
-    │   ├── MessageTooLarge         └── DtypeMismatch        └── DeviceFailure
+    │   ├── MessageTooLarge         ├── DtypeMismatch        ├── DeviceFailure
+    │   └── SharedMemoryUnavailable
     ├── InterruptedCall             no answer; `may_be_applied` says whether the server may have acted
     │   ├── ConnectionLost          the connection broke, and trying again did not help
     │   ├── StepTimeout             a decode step had no answer in time
@@ -180,6 +181,12 @@ class StepExpired(RefusedError):
     timeout_ms: int
 
 
+class SharedMemoryUnavailable(RefusedError):
+    """The server shares no memory with this client; steps go over gRPC, so this is only ever logged."""
+
+    cause: str
+
+
 class Draining(RefusedError):
     """The server shuts down and takes no new work."""
 
@@ -249,6 +256,7 @@ REASONS: Mapping[str, type[RefusedError]] = {
     "NON_FINITE": NonFinite,
     "SCALE_OVERFLOW": ScaleOverflow,
     "STEP_EXPIRED": StepExpired,
+    "SHARED_MEMORY_UNAVAILABLE": SharedMemoryUnavailable,
     "DRAINING": Draining,
     "DEVICE_FAILURE": DeviceFailure,
 }

@@ -22,6 +22,7 @@ from octavo_client._errors import (
     StepExpired,
 )
 from octavo_client._ledger import Ledger, LedgerStep
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_status
 from octavo_client._steps import Draft, timed_out
 
@@ -67,9 +68,14 @@ _Step = LedgerStep[Job]
 
 
 class Exchange:
-    """The steps of one client and their way over any number of streams; one caller at a time."""
+    """The steps of one client and their way over any number of streams; one caller at a time.
 
-    def __init__(self) -> None:
+    Args:
+        memory: What the client may share with the server.
+    """
+
+    def __init__(self, memory: SharedMemory | None = None) -> None:
+        self._memory = memory
         self._ledger: Ledger[Job] = Ledger()
         self._draining: Draining | None = None
 
@@ -114,8 +120,13 @@ class Exchange:
         return step.step_id, []
 
     def on_result(self, result: Result, now: float) -> Turn:
-        """Take a result; that of a step which was given up is dropped."""
+        """Take a result, or where the memory is that the server shares; that of a step given up is dropped."""
         head = result.head
+        if self._memory is not None:
+            if result.region is not None:
+                self._memory.on_answer(result.region)
+                return Turn([], [])
+            self._memory.on_result(head.step_id)
         refusal = error_from_status(head.error) if head.HasField("error") else None
         if isinstance(refusal, Draining):
             self._draining = refusal
@@ -143,10 +154,13 @@ class Exchange:
     def on_open(self, now: float) -> list[bytes]:
         """Note that a stream is open; return the messages to send on it."""
         self._draining = None
-        return _encode(self._ledger.on_stream_open(), now)
+        first = [] if self._memory is None else [self._memory.request()]
+        return first + _encode(self._ledger.on_stream_open(), now)
 
     def on_broken(self) -> None:
         """Note that the stream is gone."""
+        if self._memory is not None:
+            self._memory.forget()
         self._ledger.on_stream_broken()
 
     def fail_too_large(self, error: MessageTooLarge) -> list[Outcome]:

@@ -21,6 +21,7 @@ from octavo_client._errors import (
     message_too_large,
 )
 from octavo_client._mirror import Mirror
+from octavo_client._shared_memory import PlacedTensors, SharedMemory
 from octavo_client._status import error_from_status
 from octavo_client._tensors import HostArray, ToCaller
 from octavo_client._types import BatchResult, Model, StepOptions
@@ -36,8 +37,10 @@ _FLAGS = ("causal", "return_lse", "stage_times")
 _OPTIONS = frozenset(StepOptions.__annotations__)
 
 _MAX_START_POS_BYTES = 5
-_MAX_HEADER_BYTES = 64
-"""Room for what is filled in when the step is placed and sent: positions, step_id, timeout_ms."""
+_MAX_HEADER_BYTES = 96
+"""Room for what is filled in when the step is placed and sent: positions, step_id, timeout_ms, the answer's place."""
+
+_LSE_BYTES = 4
 
 
 class Placement(NamedTuple):
@@ -55,7 +58,8 @@ class Draft:
 
     Attributes:
         header: The message without its tensors; positions, step_id and timeout_ms are filled in later.
-        tensors: q, and k and v, as encoded fields of the message, in parts; over the caller's arrays until `keep`.
+        tensors: q, and k and v: as encoded fields of the message, in parts, over the caller's arrays until `keep`; or
+            copied to shared memory.
         has_kv: Whether the step appends.
         placements: Its entries.
         to_caller: Turns an answer into the caller's kind of array.
@@ -64,7 +68,7 @@ class Draft:
     """
 
     header: pb.Step
-    tensors: Parts
+    tensors: Parts | PlacedTensors
     has_kv: bool
     placements: Sequence[Placement]
     to_caller: ToCaller
@@ -100,14 +104,19 @@ class Draft:
         """Return the message, once the step is placed."""
         self.header.step_id = step_id
         self.header.timeout_ms = timeout_ms
-        message = encode_decode(self.header, self.tensors)
+        tensors = self.tensors
+        if isinstance(tensors, PlacedTensors):
+            message = encode_decode(self.header, tensors.encode(self.header))
+        else:
+            message = encode_decode(self.header, tensors)
+            self.tensors = [memoryview(message)[-num_bytes(tensors) :]]
         self.sent_bytes = len(message)
-        self.tensors = [memoryview(message)[-num_bytes(self.tensors) :]]
         return message
 
     def keep(self) -> None:
         """Copy the tensors, which the caller may change from now on; `encode` does so too."""
-        self.tensors = [b"".join(self.tensors)]
+        if not isinstance(self.tensors, PlacedTensors):
+            self.tensors = [b"".join(self.tensors)]
 
     def read(self, result: Result) -> BatchResult:
         """Return a step's answer as the caller's kind of array, and note what is stored.
@@ -152,9 +161,11 @@ class Draft:
             placement.mirror.settle(placement.layer, end, errors.get(entry_idx))
 
     def _arrays(self, result: Result) -> tuple[Any, Any | None]:
+        tensors = self.tensors
+        read = tensors.read if isinstance(tensors, PlacedTensors) else _tensors.from_wire
         try:
-            out = _tensors.from_wire(result.out)
-            lse = None if result.lse is None else _tensors.from_wire(result.lse)
+            out = read(result.out)
+            lse = None if result.lse is None else read(result.lse)
         except ValueError as error:
             raise OctavoError(f"the server's answer makes no sense: {error}") from error
         return self.to_caller(out), None if lse is None else self.to_caller(lse)
@@ -171,6 +182,7 @@ def draft_step(
     *,
     default_timeout_s: float,
     max_message_bytes: int,
+    memory: SharedMemory | None = None,
 ) -> Draft:
     """Check a step and build its message; nothing that it lets through can fail to be sent.
 
@@ -179,7 +191,9 @@ def draft_step(
         tensors: q, k and v of all entries one after the other; k and v both or neither.
         options: Flags and timeout.
         default_timeout_s: Timeout unless the options have one.
-        max_message_bytes: Largest message that the server receives.
+        max_message_bytes: Largest message that the server receives; a step in shared memory must fit it too, for it may
+            have to be sent again without.
+        memory: What the client shares with the server.
 
     Raises:
         ValueError: An entry, a shape or a timeout that cannot be.
@@ -192,7 +206,8 @@ def draft_step(
     arrays = _host_arrays(tensors)
     _check_arrays(arrays, model, sum(placement.num_tokens for placement in placements))
     header = _header(placements, options, has_kv="k" in arrays)
-    encoded = encode_tensors({_FIELDS[name]: array for name, array in arrays.items()})
+    fields = {_FIELDS[name]: array for name, array in arrays.items()}
+    encoded = encode_tensors(fields)
     message_bytes = (
         num_bytes(encoded)
         + header.ByteSize()
@@ -201,10 +216,11 @@ def draft_step(
     )
     if message_bytes > max_message_bytes:
         raise message_too_large(message_bytes, max_message_bytes)
+    placed = None if memory is None else _place(fields, header, memory)
     timeout_s = options.get("timeout")
     timeout_s = default_timeout_s if timeout_s is None else timeout_s
     to_caller = _tensors.like(tensors[0])
-    return Draft(header, encoded, "k" in arrays, placements, to_caller, timeout_s)
+    return Draft(header, placed or encoded, "k" in arrays, placements, to_caller, timeout_s)
 
 
 def timed_out(draft: Draft, may_be_applied: bool) -> StepTimeout:
@@ -281,6 +297,14 @@ def _check_arrays(arrays: dict[str, HostArray], model: Model, num_tokens: int) -
             _tensors.check_shape(name, array, shape)
         if array.dtype != dtype:
             _tensors.check_dtype(name, array, dtype)
+
+
+def _place(
+    fields: dict[int, HostArray], header: pb.Step, memory: SharedMemory
+) -> PlacedTensors | None:
+    q = fields[pb.Step.Q_FIELD_NUMBER]
+    lse_bytes = q.shape[0] * q.shape[1] * _LSE_BYTES if header.return_lse else 0
+    return memory.place(fields, q.nbytes, lse_bytes)
 
 
 def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bool) -> pb.Step:

@@ -22,6 +22,7 @@ from octavo_client._encoding import Result, parse_response
 from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
 from octavo_client._exchange import Exchange, Job, Outcome, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Draft
 
@@ -33,6 +34,7 @@ class DecodeStream:
         open_call: Starts a Decode call.
         retry: How often to open again.
         on_too_large: Called when the server ended a stream because a message was over its limit.
+        memory: What the client may share with the server.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class DecodeStream:
         open_call: Callable[[], DecodeCall],
         retry: Retry,
         on_too_large: Callable[[], None],
+        memory: SharedMemory | None = None,
     ) -> None:
         self._open_call = open_call
         self._on_too_large = on_too_large
@@ -47,7 +50,7 @@ class DecodeStream:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._to_read = threading.Condition(self._lock)
-        self._exchange = Exchange()
+        self._exchange = Exchange(memory)
         self._call: DecodeCall | None = None
         self._is_reading = False
         self._own_reader: Future[Any] | None = None
@@ -133,6 +136,8 @@ class DecodeStream:
         self._wait_for_readers(threads)
         if call is not None:
             call.drain()
+        with self._lock:
+            self._exchange.on_broken()
 
     def _wait_for_readers(self, threads: Iterable[threading.Thread | None]) -> None:
         """Wait until nobody reads but this thread, which may be in a callback of a future."""

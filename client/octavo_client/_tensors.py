@@ -87,6 +87,18 @@ def check_dtype(name: str, array: HostArray, expected: np.dtype[Any]) -> None:
         raise TypeError(f"{name} must be {expected} like the others, got {array.dtype}")
 
 
+def host_dtype(tensor: TensorField) -> np.dtype[Any]:
+    """Return the dtype of a wire tensor.
+
+    Raises:
+        ValueError: There is none of its number.
+    """
+    dtype = _HOST_DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise ValueError(f"the server sent a tensor of unknown dtype {tensor.dtype}")
+    return dtype
+
+
 def from_wire(tensor: TensorField | None) -> HostArray:
     """Return a wire tensor as a read-only array over its message's bytes, or over a copy where those are not aligned.
 
@@ -95,9 +107,7 @@ def from_wire(tensor: TensorField | None) -> HostArray:
     """
     if tensor is None:
         raise ValueError("a tensor is missing")
-    dtype = _HOST_DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise ValueError(f"the server sent a tensor of unknown dtype {tensor.dtype}")
+    dtype = host_dtype(tensor)
     size = math.prod(tensor.shape)
     if tensor.num_bytes != size * dtype.itemsize:
         raise ValueError(f"{tensor.num_bytes} bytes are no {dtype} of shape {list(tensor.shape)}")

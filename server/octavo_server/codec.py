@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
 
 from octavo import v1
 from octavo.v1.tensor_fields import (
@@ -24,6 +25,14 @@ from octavo_server.backends.base import HostArray
 from octavo_server.errors import Reason, mismatch
 from octavo_server.model_pool import ModelPool
 from octavo_server.session import SessionState
+from octavo_server.shared_memory import (
+    IN_RESULT,
+    AnswerPlace,
+    Extent,
+    Region,
+    answer_place,
+    no_region,
+)
 from octavo_server.stats import ServerStats
 from octavo_server.status import to_status
 from octavo_server.step import StepAnswer, StepRequest
@@ -34,6 +43,9 @@ DTYPES: dict[int, np.dtype[Any]] = {
     v1.DATA_TYPE_FLOAT32: np.dtype(np.float32),
 }
 _NUM_AXES = 3
+_REGION_TAG = bytes([v1.DecodeRequest.REGION_FIELD_NUMBER << 3 | 2])
+"""How a DecodeRequest begins that asks for a region: the field's number, and that it has a length."""
+
 _WIRE_DTYPES = {dtype: wire for wire, dtype in DTYPES.items()}
 _STEP_FIELDS = (
     ("q", v1.Step.Q_FIELD_NUMBER),
@@ -60,6 +72,15 @@ def parse(message_type: type[AnyMessage], data: bytes) -> AnyMessage:
     except DecodeError:
         expected, actual = message_type.DESCRIPTOR.full_name, f"{len(data)} bytes that are none"
         raise mismatch(Reason.MALFORMED_MESSAGE, "message", expected, actual) from None
+
+
+def asks_for_region(data: bytes) -> bool:
+    """Whether a DecodeRequest asks for a region, rather than bringing a step.
+
+    Raises:
+        OctavoError: MALFORMED_MESSAGE.
+    """
+    return data[:1] == _REGION_TAG and parse(v1.DecodeRequest, data).HasField("region")
 
 
 def parse_step(data: bytes) -> tuple[v1.Step, Tensors]:
@@ -95,8 +116,8 @@ def step_tensors(step: v1.Step) -> Tensors:
     }
 
 
-def read_tensor(field: str, tensor: TensorField) -> HostArray:
-    """Return a tensor as a read-only array of 3 axes over the message's bytes; over a copy of them if not aligned.
+def read_tensor(field: str, tensor: TensorField, region: Region | None = None) -> HostArray:
+    """Return a tensor as an array of 3 axes: over the message's bytes; a copy if those are not aligned, or in a region.
 
     Raises:
         OctavoError: BAD_TENSOR.
@@ -111,6 +132,10 @@ def read_tensor(field: str, tensor: TensorField) -> HostArray:
         actual = f"{len(shape)} axes, the first {list(shape[:_NUM_AXES])}"
         raise mismatch(Reason.BAD_TENSOR, f"{field}.shape", expected, actual)
     size = math.prod(shape)
+    if tensor.region_offset is not None:
+        data = _region_data(field, tensor, size * dtype.itemsize, region)
+        placed: HostArray = data.view(dtype).reshape(shape)
+        return placed
     if tensor.num_bytes != size * dtype.itemsize:
         expected = f"{size * dtype.itemsize} bytes for {dtype} of shape {list(shape)}"
         raise mismatch(Reason.BAD_TENSOR, f"{field}.data", expected, f"{tensor.num_bytes} bytes")
@@ -118,8 +143,34 @@ def read_tensor(field: str, tensor: TensorField) -> HostArray:
     return array if array.flags.aligned else array.copy()
 
 
-def read_step(step: v1.Step, tensors: Tensors) -> StepRequest:
-    """Return the request that a Step asks for.
+def _region_data(
+    field: str, tensor: TensorField, num_bytes: int, region: Region | None
+) -> NDArray[np.uint8]:
+    assert tensor.region_offset is not None
+    if region is None:
+        raise no_region(field, tensor.region_offset)
+    if tensor.num_bytes:
+        actual = f"{tensor.num_bytes} bytes"
+        raise mismatch(Reason.BAD_TENSOR, f"{field}.data", "empty beside region_offset", actual)
+    return region.read(Extent(field, tensor.region_offset, num_bytes))
+
+
+def read_place(
+    step: v1.Step, tensors: Tensors, request: StepRequest, region: Region | None
+) -> AnswerPlace:
+    """Return where the answer to a step goes that was read.
+
+    Raises:
+        OctavoError: BAD_TENSOR.
+    """
+    offsets = {
+        name: tensors[number].region_offset for name, number in _STEP_FIELDS if number in tensors
+    }
+    return answer_place(step, request.tensors, offsets, region)
+
+
+def read_step(step: v1.Step, tensors: Tensors, region: Region | None = None) -> StepRequest:
+    """Return the request that a Step asks for, on a stream that may have a region.
 
     Args:
         step: The step; its own tensors are not looked at.
@@ -134,7 +185,7 @@ def read_step(step: v1.Step, tensors: Tensors) -> StepRequest:
             Reason.SHAPE_MISMATCH, "q", "[total_tokens, num_q_heads, head_dim]", "nothing"
         )
     arrays = {
-        name: read_tensor(name, tensors[number])
+        name: read_tensor(name, tensors[number], region)
         for name, number in _STEP_FIELDS
         if number in tensors
     }
@@ -177,18 +228,23 @@ def read_append(data: bytes) -> StepRequest:
     )
 
 
-def encode_response(step_id: int, answer: StepAnswer) -> bytes:
-    """Return the DecodeResponse that answers a step."""
-    result = encode_field(v1.DecodeResponse.RESULT_FIELD_NUMBER, _result_parts(step_id, answer))
-    return b"".join(result)
+def encode_region(response: v1.RegionResponse) -> bytes:
+    """Return the DecodeResponse that answers the request for a region."""
+    return v1.DecodeResponse(region=response).SerializeToString()
+
+
+def encode_response(step_id: int, answer: StepAnswer, place: AnswerPlace = IN_RESULT) -> bytes:
+    """Return the DecodeResponse that answers a step; its tensors go where the client asked for them."""
+    parts = _result_parts(step_id, answer, place)
+    return b"".join(encode_field(v1.DecodeResponse.RESULT_FIELD_NUMBER, parts))
 
 
 def write_result(step_id: int, answer: StepAnswer) -> v1.StepResult:
     """Return the result of a step as a message."""
-    return v1.StepResult.FromString(b"".join(_result_parts(step_id, answer)))
+    return v1.StepResult.FromString(b"".join(_result_parts(step_id, answer, IN_RESULT)))
 
 
-def _result_parts(step_id: int, answer: StepAnswer) -> list[bytes | memoryview]:
+def _result_parts(step_id: int, answer: StepAnswer, place: AnswerPlace) -> list[bytes | memoryview]:
     head = v1.StepResult(step_id=step_id)
     if answer.error is not None:
         head.error.CopyFrom(to_status(answer.error))
@@ -197,10 +253,19 @@ def _result_parts(step_id: int, answer: StepAnswer) -> list[bytes | memoryview]:
     if answer.stage_times is not None:
         head.stage_times.CopyFrom(v1.StageTimes(**answer.stage_times._asdict()))
     arrays = {}
-    if answer.out is not None:
-        arrays[v1.StepResult.OUT_FIELD_NUMBER] = answer.out
-    if answer.lse is not None:
-        arrays[v1.StepResult.LSE_FIELD_NUMBER] = answer.lse
+    for name, number, array in (
+        ("out", v1.StepResult.OUT_FIELD_NUMBER, answer.out),
+        ("lse", v1.StepResult.LSE_FIELD_NUMBER, answer.lse),
+    ):
+        if array is None:
+            continue
+        offset = place.write(name, array)
+        if offset is None:
+            arrays[number] = array
+        else:
+            tensor = getattr(head, name)
+            tensor.dtype, tensor.region_offset = _WIRE_DTYPES[array.dtype], offset
+            tensor.shape.extend(array.shape)
     return [head.SerializeToString(), *encode_tensors(arrays, _WIRE_DTYPES)]
 
 

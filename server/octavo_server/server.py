@@ -21,7 +21,7 @@ from octavo_server import codec, errors
 from octavo_server.backends.base import Backend, UnsupportedError, alloc_paged_int8_cache
 from octavo_server.backends.registry import create_backend
 from octavo_server.block_pool import BlockPool
-from octavo_server.config import ModelConfig, ServerConfig
+from octavo_server.config import NO_HOST, ModelConfig, ServerConfig
 from octavo_server.engine import Engine
 from octavo_server.model import ModelSpec
 from octavo_server.model_pool import ModelPool
@@ -39,6 +39,7 @@ from octavo_server.service import (
 )
 from octavo_server.session_store import SessionStore
 from octavo_server.traffic import Traffic
+from octavo_server.unix_socket import UnixSocket
 from octavo_server.version import software_version
 
 log = logging.getLogger(__name__)
@@ -104,18 +105,15 @@ class Server:
         """Listen and serve.
 
         Returns:
-            The port, which the config left open when it said 0.
+            The port, which the config left open when it said 0; 0 when the server has none.
 
         Raises:
-            UnsupportedError: The address cannot be listened on.
+            UnsupportedError: The address or the socket cannot be listened on.
         """
-        address = _join_host_port(self._config.host, self._config.port)
-        try:
-            self.port = self._grpc.add_insecure_port(address)
-        except RuntimeError:
-            raise UnsupportedError(
-                f"cannot listen on {address}: choose another host or port, or stop what listens there"
-            ) from None
+        if self._config.host != NO_HOST:
+            self.port = self._listen(_join_host_port(self._config.host, self._config.port))
+        if self._config.unix_socket:
+            UnixSocket(self._config.unix_socket).listen(self._grpc)
         self._engine.start()
         self._grpc.start()
         for name in (LIVE, *READY_SERVICES):
@@ -135,6 +133,14 @@ class Server:
         self._grpc.stop(STREAM_END_S).wait()
         self._engine.stop()
         return is_drained
+
+    def _listen(self, address: str) -> int:
+        try:
+            return self._grpc.add_insecure_port(address)
+        except RuntimeError:
+            raise UnsupportedError(
+                f"cannot listen on {address}: choose another host or port, or stop what listens there"
+            ) from None
 
     def _fail(self) -> None:
         self._set_unready()
@@ -162,8 +168,9 @@ def run(config: ServerConfig) -> int:
     settle_memory()
     alarm.watch_signals()
     port = server.start()
-    # Scripts that start a server with --port 0 read this line.
-    print(f"listening on {_join_host_port(config.host, port)}", flush=True)
+    # Scripts that start a server with --port 0 read the first of these lines.
+    for address in _addresses(config, port):
+        print(f"listening on {address}", flush=True)
     signal_number = alarm.wait()
     if signal_number is None:
         server.stop()
@@ -273,6 +280,7 @@ def _limits(config: ServerConfig) -> Limits:
         max_silent_calls=MAX_SILENT_CALLS,
         max_steps_in_flight=config.max_steps_in_flight,
         max_message_bytes=config.max_message_bytes,
+        region_bytes=config.shared_memory_bytes if config.shared_memory else 0,
     )
 
 
@@ -345,6 +353,13 @@ def _reflection_handler(names: tuple[str, ...], gate: Gate) -> grpc.GenericRpcHa
     return grpc.method_handlers_generic_handler(
         reflection.SERVICE_NAME, {"ServerReflectionInfo": handler}
     )
+
+
+def _addresses(config: ServerConfig, port: int) -> Iterator[str]:
+    if config.host != NO_HOST:
+        yield _join_host_port(config.host, port)
+    if config.unix_socket:
+        yield UnixSocket(config.unix_socket).target
 
 
 def _join_host_port(host: str, port: int) -> str:

@@ -20,6 +20,7 @@ from octavo_server import codec, status
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, limit_reached, mismatch
 from octavo_server.request_reader import RequestReader
+from octavo_server.shared_memory import StreamMemory
 from octavo_server.stats import ServerStats
 from octavo_server.step import StepAnswer, StepRequest
 from octavo_server.step_stream import Respond, StepStream
@@ -45,6 +46,7 @@ class Limits:
         max_silent_calls: Unary calls that have not sent their request.
         max_steps_in_flight: Unanswered steps of one Decode stream.
         max_message_bytes: Bytes of one message received.
+        region_bytes: Memory that one Decode stream may share with its client; 0 = none.
     """
 
     max_streams: int
@@ -52,6 +54,7 @@ class Limits:
     max_silent_calls: int
     max_steps_in_flight: int
     max_message_bytes: int
+    region_bytes: int = 0
 
 
 class Gate:
@@ -255,7 +258,11 @@ class OctavoService:
     def _decode(
         self, requests: Iterator[bytes], context: grpc.ServicerContext, respond: Respond
     ) -> None:
-        with self.streams.open(context), self._traffic.stream() as traffic:
+        with (
+            self.streams.open(context),
+            self._traffic.stream() as traffic,
+            StreamMemory(self._limits.region_bytes) as memory,
+        ):
             stream = StepStream(
                 self._engine,
                 traffic.receiving(requests),
@@ -263,6 +270,7 @@ class OctavoService:
                 traffic.responding(respond),
                 self._limits.max_steps_in_flight,
                 self._count_refusals,
+                memory,
             )
             self._step_streams.add(stream)
             try:

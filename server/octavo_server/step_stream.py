@@ -18,6 +18,7 @@ import grpc
 from octavo_server import codec, status
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, mismatch
+from octavo_server.shared_memory import IN_RESULT, AnswerPlace, StreamMemory
 from octavo_server.step import StepAnswer
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 Respond = Callable[[bytes | None], None]
 """Sends a response and waits until it has gone; None ends the call with the status that its context was given."""
 
-_Mailbox = SimpleQueue[tuple[int, StepAnswer] | None]
-"""Step ids and answers; None wakes the thread that waits, for the stream is over."""
+_Mailbox = SimpleQueue[tuple[int, StepAnswer, AnswerPlace] | None]
+"""Step ids, answers and where they go; None wakes the thread that waits, for the stream is over."""
 
 
 class StepStream:
@@ -42,6 +43,7 @@ class StepStream:
         respond: Sends results; one thread at a time.
         max_steps_in_flight: Steps accepted before a result goes out.
         count_refusals: Told of every answer.
+        memory: What the stream may share with its client.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class StepStream:
         respond: Respond,
         max_steps_in_flight: int,
         count_refusals: Callable[[StepAnswer], None],
+        memory: StreamMemory,
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._context = context
         self._respond = respond
         self._count_refusals = count_refusals
+        self._memory = memory
         self._slots = threading.Semaphore(max_steps_in_flight)
         self._own_answers: _Mailbox = SimpleQueue()
         self._answers: _Mailbox = SimpleQueue()
@@ -110,34 +114,48 @@ class StepStream:
         """Submit a step; returns whether its answer comes to `_own_answers`, else to `_answers`."""
         step_id, answers = 0, self._own_answers
         try:
+            if codec.asks_for_region(data):
+                self._post(codec.encode_region(self._memory.open()))
+                return False
             step, tensors = codec.parse_step(data)
             step_id, is_awaited = step.step_id, step.waits_for_answer
             if not is_awaited:
                 self._slots.acquire()
                 answers = self._answers
                 self._ensure_sender()
+            region = self._memory.region
+            request = codec.read_step(step, tensors, region)
+            place = codec.read_place(step, tensors, request, region)
             self._engine.submit(
-                codec.read_step(step, tensors),
-                lambda answer: answers.put((step_id, answer)),
+                request,
+                lambda answer: answers.put((step_id, answer, place)),
                 lambda: self._is_over,
                 arrived_at,
                 client=self,
                 may_lead=is_awaited,
             )
         except OctavoError as error:
-            answers.put((step_id, StepAnswer(error=error)))
+            answers.put((step_id, StepAnswer(error=error), IN_RESULT))
         except Exception:
             # A defect of ours; the stream must not fall silent for it.
             log.exception("a step of %d bytes could not be taken", len(data))
             defect = mismatch(Reason.MALFORMED_MESSAGE, "step", "one that can be taken", "another")
-            answers.put((step_id, StepAnswer(error=defect)))
+            answers.put((step_id, StepAnswer(error=defect), IN_RESULT))
         return answers is self._own_answers
 
     def _ensure_sender(self) -> None:
         if self._sender is None:
             name = "octavo-stream-sender"
-            self._sender = threading.Thread(target=self._send_answers, name=name, daemon=True)
+            self._sender = threading.Thread(target=self._run_sender, name=name, daemon=True)
             self._sender.start()
+
+    def _run_sender(self) -> None:
+        try:
+            self._send_answers()
+        except Exception:
+            # A defect of ours; the client is told by the end of the call, rather than left to wait.
+            log.exception("an answer could not be sent")
+            self._context.cancel()  # type: ignore[no-untyped-call]
 
     def _send_answers(self) -> None:
         """Send what `_answers` brings until all that was read is answered and no more is to come."""
@@ -152,9 +170,11 @@ class StepStream:
                 self._send(*item)
                 self._slots.release()
 
-    def _send(self, step_id: int, answer: StepAnswer) -> None:
+    def _send(self, step_id: int, answer: StepAnswer, place: AnswerPlace) -> None:
         self._count_refusals(answer)
-        response = codec.encode_response(step_id, answer)
+        self._post(codec.encode_response(step_id, answer, place))
+
+    def _post(self, response: bytes) -> None:
         with self._is_sending:
             self._respond(response)
         with self._lock:

@@ -455,6 +455,15 @@ def test_rows_are_counted_also_where_no_session_is_known(wire: Wire) -> None:
     confirm(refusal_of(wire.run(step).error), Reason.SHAPE_MISMATCH)
 
 
+def test_a_region_is_refused_where_memory_is_not_shared(wire: Wire) -> None:
+    with unharmed(wire) as (victim, _):
+        ask = v1.DecodeRequest(region=v1.RegionRequest())
+        step = v1.DecodeRequest(step=wire.step((victim, 0, 1), k=None, v=None, start_pos=[0]))
+        no_region, result = wire.stub.Decode(iter([ask, step]), timeout=CALL_TIMEOUT_S)
+        confirm(refusal_of(no_region.region.error), Reason.SHARED_MEMORY_UNAVAILABLE)
+        assert not result.result.HasField("error")
+
+
 def test_one_stream_too_many_is_refused(wire: Wire) -> None:
     with unharmed(wire) as (victim, _):
         with ExitStack() as stack:

@@ -20,7 +20,18 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"block_pool", "scheduler", "session", "session_store", "stats"} | WORK),
     frozenset({"backends", "cuda_build", "kernel_build", "step", "launch", "model_pool"}),
     frozenset({"engine", "queued"}),
-    frozenset({"codec", "request_reader", "service", "status", "step_stream", "traffic"}),
+    frozenset(
+        {
+            "codec",
+            "request_reader",
+            "service",
+            "shared_memory",
+            "status",
+            "step_stream",
+            "traffic",
+            "unix_socket",
+        }
+    ),
     frozenset({"server"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

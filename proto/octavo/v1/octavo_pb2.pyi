@@ -20,14 +20,16 @@ DATA_TYPE_BFLOAT16: DataType
 DATA_TYPE_FLOAT32: DataType
 
 class Tensor(_message.Message):
-    __slots__ = ("data", "dtype", "shape")
+    __slots__ = ("data", "dtype", "shape", "region_offset")
     DATA_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    REGION_OFFSET_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     dtype: DataType
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, data: _Optional[bytes] = ..., dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    region_offset: int
+    def __init__(self, data: _Optional[bytes] = ..., dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., region_offset: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "num_layers", "num_q_heads", "num_kv_heads", "head_dim", "block_size", "max_context", "num_blocks", "num_free_blocks", "sm_scale", "window", "soft_cap", "sinks", "deterministic")
@@ -269,7 +271,7 @@ class AppendResponse(_message.Message):
     def __init__(self, num_messages: _Optional[int] = ..., session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "step_key", "session_handles", "layers", "start_pos", "num_tokens", "q", "k", "v", "timeout_ms", "return_lse", "causal", "return_stage_times", "waits_for_answer")
+    __slots__ = ("step_id", "step_key", "session_handles", "layers", "start_pos", "num_tokens", "q", "k", "v", "timeout_ms", "return_lse", "causal", "return_stage_times", "waits_for_answer", "out_region_offset", "lse_region_offset")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_KEY_FIELD_NUMBER: _ClassVar[int]
     SESSION_HANDLES_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +286,8 @@ class Step(_message.Message):
     CAUSAL_FIELD_NUMBER: _ClassVar[int]
     RETURN_STAGE_TIMES_FIELD_NUMBER: _ClassVar[int]
     WAITS_FOR_ANSWER_FIELD_NUMBER: _ClassVar[int]
+    OUT_REGION_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LSE_REGION_OFFSET_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     step_key: int
     session_handles: _containers.RepeatedScalarFieldContainer[int]
@@ -298,7 +302,9 @@ class Step(_message.Message):
     causal: bool
     return_stage_times: bool
     waits_for_answer: bool
-    def __init__(self, step_id: _Optional[int] = ..., step_key: _Optional[int] = ..., session_handles: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., start_pos: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[Tensor, _Mapping]] = ..., k: _Optional[_Union[Tensor, _Mapping]] = ..., v: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., return_lse: _Optional[bool] = ..., causal: _Optional[bool] = ..., return_stage_times: _Optional[bool] = ..., waits_for_answer: _Optional[bool] = ...) -> None: ...
+    out_region_offset: int
+    lse_region_offset: int
+    def __init__(self, step_id: _Optional[int] = ..., step_key: _Optional[int] = ..., session_handles: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., start_pos: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[Tensor, _Mapping]] = ..., k: _Optional[_Union[Tensor, _Mapping]] = ..., v: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., return_lse: _Optional[bool] = ..., causal: _Optional[bool] = ..., return_stage_times: _Optional[bool] = ..., waits_for_answer: _Optional[bool] = ..., out_region_offset: _Optional[int] = ..., lse_region_offset: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step_id", "out", "lse", "entry_errors", "error", "stage_times")
@@ -341,16 +347,38 @@ class EntryError(_message.Message):
     def __init__(self, entry_idx: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("step",)
+    __slots__ = ("step", "region")
     STEP_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     step: Step
-    def __init__(self, step: _Optional[_Union[Step, _Mapping]] = ...) -> None: ...
+    region: RegionRequest
+    def __init__(self, step: _Optional[_Union[Step, _Mapping]] = ..., region: _Optional[_Union[RegionRequest, _Mapping]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("result",)
+    __slots__ = ("result", "region")
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     result: StepResult
-    def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ...) -> None: ...
+    region: RegionResponse
+    def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., region: _Optional[_Union[RegionResponse, _Mapping]] = ...) -> None: ...
+
+class RegionRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RegionResponse(_message.Message):
+    __slots__ = ("process_id", "fd", "name", "num_bytes", "error")
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    process_id: int
+    fd: int
+    name: str
+    num_bytes: int
+    error: _status_pb2.Status
+    def __init__(self, process_id: _Optional[int] = ..., fd: _Optional[int] = ..., name: _Optional[str] = ..., num_bytes: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class DecodeOnceRequest(_message.Message):
     __slots__ = ("step",)

@@ -34,6 +34,7 @@ class TensorField(NamedTuple):
         message: Bytes that hold the data.
         start: Where in them the data begins.
         num_bytes: Size of the data.
+        region_offset: Where in the stream's region the elements are instead, or None.
     """
 
     dtype: int
@@ -41,12 +42,14 @@ class TensorField(NamedTuple):
     message: bytes
     start: int
     num_bytes: int
+    region_offset: int | None = None
 
 
 def tensor_of(tensor: pb.Tensor) -> TensorField:
     """Return the tensor that protobuf parsed."""
     data = tensor.data  # each access copies
-    return TensorField(tensor.dtype, tuple(tensor.shape), data, 0, len(data))
+    offset = tensor.region_offset if tensor.HasField("region_offset") else None
+    return TensorField(tensor.dtype, tuple(tensor.shape), data, 0, len(data), offset)
 
 
 def cut_tensors(
@@ -91,19 +94,18 @@ def only_field(message: bytes, number: int) -> Span:
 
 def _tensor(message: bytes, span: Span) -> TensorField:
     rest, spans = _cut(message, _DATA, span)
-    dtype, shape = _read_rest(rest)
+    field = _read_rest(rest)
     start, end = spans.get(pb.Tensor.DATA_FIELD_NUMBER, (0, 0))
-    return TensorField(dtype, shape, message, start, end - start)
+    return field._replace(message=message, start=start, num_bytes=end - start)
 
 
 @lru_cache(maxsize=256)
-def _read_rest(rest: bytes) -> tuple[int, tuple[int, ...]]:
-    """Return dtype and shape of a Tensor field without its data; decoding sees few of them again and again."""
+def _read_rest(rest: bytes) -> TensorField:
+    """Return a Tensor field that is without its data; decoding sees few of them again and again."""
     try:
-        tensor = pb.Tensor.FromString(rest)
+        return tensor_of(pb.Tensor.FromString(rest))
     except Exception as error:
         raise ValueError("not a tensor") from error
-    return tensor.dtype, tuple(tensor.shape)
 
 
 def _cut(message: bytes, numbers: frozenset[int], span: Span) -> tuple[bytes, dict[int, Span]]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import grpc
 import numpy as np
 
-from octavo_client import Client
+from octavo_client import Client, _shared_memory
 from tests.bench.rpc import pytriton_peer
 from tests.bench.rpc.echo import OPTIONS
 from tests.bench.rpc.serve import MODEL, Process, serving
@@ -32,6 +33,7 @@ Rounds = Mapping[str, Sequence[float]]
 
 OCTAVO, ECHO, ECHO_ASYNCIO = "Octavo, null backend", "echo", "echo, asyncio server"
 OCTAVO_CPU = "Octavo, cpu backend"
+OVER_TCP, OVER_UNIX, OVER_SHARED = "over TCP", "over a Unix socket", "in shared memory"
 PYTRITON = "PyTriton"
 BESIDE_PYTRITON = "one stream, 1 session a step, beside PyTriton, p50"
 
@@ -39,6 +41,7 @@ NUM_WARM = 50
 UPLOAD_TOKENS = 8192
 UPLOAD_MESSAGE_BYTES = 1 << 20
 MANY_SESSIONS, ACTIVE_SESSIONS = 10_000, 64
+SAME_MACHINE_SESSIONS = (1, 8, 64)
 BATCHED_STREAMS, BATCHED_CONTEXT = 64, 4096
 
 
@@ -154,6 +157,30 @@ def with_attention(rig: Rig, num_sessions: int, context: int) -> Row:
     return Row(label, "us", p50)
 
 
+def same_machine(rig: Rig, num_sessions: int) -> Row:
+    """Time steps of one stream on each way that two processes of one machine have: the p50 of each round.
+
+    Shared memory is used whatever the step's size, and gRPC goes over TCP beside it.
+    """
+    server = rig.servers[OCTAVO]
+    with mock.patch.object(_shared_memory, "MIN_BYTES", 0), ExitStack() as stack:
+        streams = {
+            OVER_TCP: OctavoStream(server.target, num_sessions),
+            OVER_UNIX: OctavoStream(server.unix_target, num_sessions),
+            OVER_SHARED: OctavoStream(server.target, num_sessions, shared_memory=True),
+        }
+        p50: dict[str, list[float]] = {name: [] for name in streams}
+        for stream in streams.values():
+            stack.enter_context(stream)
+            latencies_us(stream, NUM_WARM)
+        assert streams[OVER_SHARED].is_sharing, "the server did not share memory"
+        for _ in range(rig.num_rounds):
+            for name, stream in streams.items():
+                p50[name].append(float(np.median(latencies_us(stream, rig.num_calls))))
+    label = f"one machine, {num_sessions} session{'s' * (num_sessions > 1)} a step, p50"
+    return Row(label, "us", p50)
+
+
 def throughput(rig: Rig, num_streams: int) -> Row:
     """Count the steps a second of several streams of one session, each in a closed loop."""
     rates: dict[str, list[float]] = {name: [] for name in rig.names}
@@ -250,6 +277,7 @@ def measure(rig: Rig, say: Callable[[str], None]) -> Iterator[Row]:
     steps: list[tuple[str, Callable[[], Sequence[Row]]]] = [
         ("one stream, one session", lambda: latency(rig, 1)),
         ("one stream, 64 sessions", lambda: latency(rig, 64)),
+        ("one machine", lambda: [same_machine(rig, count) for count in SAME_MACHINE_SESSIONS]),
         *(
             (f"{count} streams", lambda count=count: [throughput(rig, count)])
             for count in (1, 8, 32)
