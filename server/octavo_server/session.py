@@ -63,6 +63,7 @@ class Session:
         lengths: [num_layers] confirmed tokens.
         block_table: Logical to physical block ids.
         is_closed: Whether the session was closed; its blocks are gone then.
+        max_tokens: Most tokens that it can ever hold.
     """
 
     session_id: str
@@ -72,12 +73,14 @@ class Session:
     lengths: list[int] = field(init=False)
     block_table: array[int] = field(default_factory=lambda: array("i"))
     is_closed: bool = False
+    max_tokens: int = field(init=False)
     _last_appends: list[AppendRecord | None] = field(init=False)
     _pending: dict[int, AppendRecord] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.lengths = [0] * self.spec.num_layers
         self._last_appends = [None] * self.spec.num_layers
+        self.max_tokens = min(self.spec.max_context, self.pool.num_blocks * self.spec.block_size)
 
     def state(self) -> SessionState:
         """Return the session as it is now."""
@@ -88,11 +91,6 @@ class Session:
             tuple(self.lengths),
             len(self.block_table),
         )
-
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens that this session can ever hold."""
-        return min(self.spec.max_context, self.pool.num_blocks * self.spec.block_size)
 
     def admit_append(self, layer: int, record: AppendRecord) -> Admission:
         """Admit an entry with K and V: an append, for which blocks are reserved, or a replay.

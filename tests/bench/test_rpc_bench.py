@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.goals import Goal
+from tests.bench.rpc import step_path
 from tests.bench.rpc.__main__ import figures_table, goals
 from tests.bench.rpc.figures import (
     BESIDE_PYTRITON,
@@ -164,3 +165,13 @@ def test_programs_find_the_interpreter_s_own_library() -> None:
     assert "PYTHONPATH" not in found
     assert found["HOME"] == "/h"
     assert found["LD_LIBRARY_PATH"].endswith("/before")
+
+
+def test_the_path_of_a_step_has_all_its_stages() -> None:
+    whole_us, client, server = step_path.measure(20)
+    assert list(client) == [stage.label for stage in step_path.CLIENT]
+    assert list(server) == [stage.label for stage in step_path.SERVER]
+    assert min(*client.values(), *server.values()) > 0
+    # The wait holds the server's stages; what a call has beside its stages is small.
+    assert sum(client.values()) < 1.5 * whole_us
+    assert step_path.table(whole_us, client, server)[-1].split()[-1] == f"{whole_us:.1f}"
