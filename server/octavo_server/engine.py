@@ -241,7 +241,10 @@ class Engine:
             return
         check_tensors(request, pool.spec)
         step = QueuedStep(request, sessions, pool, answer, arrived_at)
-        self._enqueue(work_item(step, is_cancelled, client), may_lead=may_lead)
+        if may_lead and self._begin_alone():
+            self._take(Turn([step], []))
+        else:
+            self._enqueue(work_item(step, is_cancelled, client))
 
     def _submit_change(
         self, session_id: str, change: Callable[[Session], Result]
@@ -255,7 +258,15 @@ class Engine:
         self._enqueue(WorkItem(queued, frozenset([key]), is_cancelled=future.cancelled))
         return future
 
-    def _enqueue(self, item: WorkItem[Queued], *, may_lead: bool = False) -> None:
+    def _begin_alone(self) -> bool:
+        """Begin a turn for this thread, if the engine is idle and its backend takes any thread."""
+        with self._lock:
+            self._check_accepting()
+            is_idle = not (self._is_busy or len(self._scheduler) or self._backend.binds_caller)
+            self._is_busy |= is_idle
+            return is_idle
+
+    def _enqueue(self, item: WorkItem[Queued]) -> None:
         with self._lock:
             self._check_accepting()
             is_step = isinstance(item.payload, QueuedStep)
@@ -263,13 +274,8 @@ class Engine:
                 what = "queued steps"
                 raise errors.limit_reached(Reason.QUEUE_FULL, what, self._max_queued_steps)
             self._scheduler.submit(item)
-            if self._is_busy:
-                return  # Who leads looks at the queue again.
-            if not may_lead or self._backend.binds_caller:
+            if not self._is_busy:  # Who has the turn looks at the queue again.
                 self._has_work.notify()
-                return
-            turn = self._begin_turn()
-        self._take(turn)
 
     def _check_accepting(self) -> None:
         if self._has_failed:
@@ -292,12 +298,9 @@ class Engine:
                 )
                 if self._is_stopped:
                     return
-                turn = self._begin_turn()
+                self._is_busy = True
+                turn = self._scheduler.next_turn(time.monotonic())
             self._take(turn)
-
-    def _begin_turn(self) -> Turn[Queued]:
-        self._is_busy = True
-        return self._scheduler.next_turn(time.monotonic())
 
     def _take(self, turn: Turn[Queued]) -> None:
         """Run a turn that this thread began, and pass the lead on."""
