@@ -163,6 +163,8 @@ def read_place(
     Raises:
         OctavoError: BAD_TENSOR.
     """
+    if not (step.HasField("out_region_offset") or step.HasField("lse_region_offset")):
+        return IN_RESULT
     offsets = {
         name: tensors[number].region_offset for name, number in _STEP_FIELDS if number in tensors
     }

@@ -125,7 +125,7 @@ def test_bad_decode_batches_end_in_words(
     change: dict[str, NDArray[Any]],
     text: str,
 ) -> None:
-    batch = replace(one_token(), **change)
+    batch = one_token()._replace(**change)
     with pytest.raises(ValueError, match=text):
         backend.int8_paged_decode_attention(cache, batch, rows(2), return_lse=False)
 
@@ -145,7 +145,7 @@ def test_bad_append_batches_end_in_words(
     text: str,
 ) -> None:
     with pytest.raises(ValueError, match=text):
-        backend.int8_kv_append_paged(cache, replace(one_token(), **change), rows(1), rows(1))
+        backend.int8_kv_append_paged(cache, one_token()._replace(**change), rows(1), rows(1))
 
 
 def test_a_wrong_tensor_is_named_with_what_was_expected(
@@ -202,8 +202,7 @@ def test_the_callers_flushing_does_not_matter(isa: str, dtype: type) -> None:
     """K, V and the answer have subnormal values; two tokens, weighted 1 and exp(-80)."""
     backend = CpuBackend(num_threads=2, isa=isa)
     cache = alloc_paged_int8_cache(backend, SPEC, NUM_BLOCKS)
-    batch = replace(
-        one_token(),
+    batch = one_token()._replace(
         token_starts=np.array([0, 2], np.int32),
         kv_lens=np.array([2], np.int32),
         slot_mapping=np.array([32, 33]),

@@ -48,8 +48,7 @@ class Offence(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RaggedBatch:
+class RaggedBatch(NamedTuple):
     """One launch: entries of one model, each with its own session, layer and length.
 
     Entry e owns the rows token_starts[e] .. token_starts[e + 1] of q, k and v.

@@ -59,8 +59,7 @@ def measure_call(setting: Setting) -> None:
 
 def emptied(batch: RaggedBatch) -> RaggedBatch:
     """Return a launch of the same entries that stores nothing and attends to nothing."""
-    return replace(
-        batch,
+    return batch._replace(
         start_pos=np.zeros_like(batch.start_pos),
         kv_lens=np.zeros_like(batch.kv_lens),
         slot_mapping=np.full_like(batch.slot_mapping, -1),
