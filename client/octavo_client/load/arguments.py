@@ -37,7 +37,13 @@ def make_parser() -> argparse.ArgumentParser:
         "answer, an unexpected error, or something left on the server; 2: mistakes in the arguments; 130: interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument("--target", required=True, metavar="HOST:PORT", help="the server")
+    server = parser.add_mutually_exclusive_group(required=True)
+    server.add_argument("--target", metavar="HOST:PORT", help="a running server")
+    server.add_argument(
+        "--start-server",
+        metavar="FLAGS",
+        help="start one on loopback with these flags of `octavo-server serve`, as one argument",
+    )
     _add_load(parser.add_argument_group("load"))
     _add_workload(parser.add_argument_group("workload"))
     _add_checks(parser.add_argument_group("checks and faults"))
@@ -109,6 +115,7 @@ def _add_checks(group: argparse._ArgumentGroup) -> None:
         help="of the steps ask what they cost on the server (%(default)s)",
     )
     add("--shared", action="store_true", help="others use the server: what it holds is not judged")
+    add("--watch", type=int, metavar="PID", help="the server's process: its memory and threads")
     add("--chaos", metavar="KIND[,KIND...]", help=f"faults to inject: {', '.join(KINDS)}, or all")
     add("--chaos-rate", type=float, default=0.01, metavar="SHARE", help="of steps (%(default)s)")
     add("--kill-every", type=float, default=5.0, metavar="S", help="(%(default)s)")
@@ -122,14 +129,19 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--plot", type=Path, metavar="FILE", help="the plots alone, as SVG")
 
 
-def settings_of(args: argparse.Namespace, info: ServerInfo) -> Settings:
+def settings_of(args: argparse.Namespace, target: str, info: ServerInfo) -> Settings:
     """Return what is to be run.
+
+    Args:
+        args: The arguments.
+        target: The server's address.
+        info: What it says of itself.
 
     Raises:
         UsageError: An argument cannot be, or does not fit the server.
     """
     try:
-        workload = _workload(args, info)
+        workload = _workload(args, target, info)
         points = _points(args, workload)
     except SpecError as error:
         raise UsageError(str(error)) from None
@@ -151,10 +163,11 @@ def settings_of(args: argparse.Namespace, info: ServerInfo) -> Settings:
         checks_at_once=args.check_when == "during",
         kill_every_s=_positive("--kill-every", args.kill_every),
         is_shared=args.shared,
+        watched_id=args.watch,
     )
 
 
-def _workload(args: argparse.Namespace, info: ServerInfo) -> Workload:
+def _workload(args: argparse.Namespace, target: str, info: ServerInfo) -> Workload:
     mix = parse_mix(args.model or list(info.models))
     missing = [name for name in mix.names if name not in info.models]
     if missing:
@@ -162,7 +175,7 @@ def _workload(args: argparse.Namespace, info: ServerInfo) -> Workload:
     chaos = _chaos(args.chaos)
     default_depth = 8 if args.rate else 1
     return Workload(
-        target=args.target,
+        target=target,
         mix=mix,
         models={name: info.models[name] for name in mix.names},
         dtype=args.dtype,

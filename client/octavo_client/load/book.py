@@ -71,6 +71,11 @@ class Book:
         with self.lock:
             self._page.tally.chaos[kind] += 1
 
+    def stored_unanswered(self) -> None:
+        """Note a token that turned out to be stored, though its answer was lost."""
+        with self.lock:
+            self._page.tally.num_stored_unanswered += 1
+
     def opened(self, session_id: str) -> None:
         """Note a new session."""
         with self.lock:

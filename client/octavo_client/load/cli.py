@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,28 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.html or args.plot:
         importlib.import_module("matplotlib")  # rather now than after the run
     try:
-        with _ending_on_sigterm(), Client(args.target, retry=RETRY) as client:
-            return _run(args, arguments, console, client)
+        with _ending_on_sigterm(), _server(args, console) as target:
+            return _run(args, arguments, console, target)
     except UsageError as error:
         return _fail(str(error), EXIT_USAGE)
     except OctavoError as error:
-        return _fail(f"the server at {args.target}: {error}", EXIT_FAILED)
+        return _fail(f"the server at {args.target or 'loopback'}: {error}", EXIT_FAILED)
     except OSError as error:
         return _fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
 
 
-def _run(
-    args: argparse.Namespace, arguments: Sequence[str], console: Console, client: Client
-) -> int:
-    info = client.server_info()
-    settings = settings_of(args, info)
-    console.print(
-        f"octavo-server {info.version} at {args.target}: {info.backend_description}", markup=False
-    )
-    with live_view(console) as view:
-        result = run(settings, client, view)
+def _run(args: argparse.Namespace, arguments: Sequence[str], console: Console, target: str) -> int:
+    with Client(target, retry=RETRY) as client:
+        info = client.server_info()
+        settings = settings_of(args, target, info)
+        console.print(
+            f"octavo-server {info.version} at {target}: {info.backend_description}", markup=False
+        )
+        with live_view(console) as view:
+            result = run(settings, client, view)
     print_report(console, result)
     _save(args, ["octavo-load", *arguments], settings, info, result)
     if result.is_interrupted:
@@ -111,6 +111,23 @@ def _verdict(result: RunResult) -> int:
 def _fail(text: str, code: int) -> int:
     print(f"octavo-load: {text}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _server(args: argparse.Namespace, console: Console) -> Iterator[str]:
+    """Yield the address of the server; start and end one where the arguments say so."""
+    if args.target:
+        yield args.target
+        return
+    # The server needs the same packages, so whoever starts one has them.
+    from octavo_client.demo.local_server import ServerStartError, local_server  # noqa: PLC0415
+
+    console.print("starting octavo-server")
+    try:
+        with local_server(shlex.split(args.start_server), lambda _: None) as target:
+            yield target
+    except ServerStartError as error:
+        raise OSError(str(error)) from error
 
 
 @contextmanager

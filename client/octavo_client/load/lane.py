@@ -186,6 +186,7 @@ class Lane:
             fate = fate_of(error, member.position, is_unsure=member.is_unsure, num_tries=num_tries)
             if fate is Fate.APPLIED:
                 member.is_unsure = False
+                self._rig.book.stored_unanswered()
                 continue
             self._rig.book.error(error)
             member.is_unsure |= fate is Fate.UNSURE

@@ -57,7 +57,7 @@ class Span:
         start_ns: Begin of the warm-up.
         measure_ns: Begin of what is measured.
         end_ns: No step is sent, or due, from then on.
-        max_steps: Most measured steps; None = any number.
+        max_steps: Most measured steps of one process; None = any number.
     """
 
     start_ns: int

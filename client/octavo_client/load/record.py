@@ -45,6 +45,7 @@ def describe(
         "num_wrong": run.num_wrong,
         "faults": run.all_faults,
         "num_left_open": run.num_left_open,
+        "server_process": [] if run.watch is None else [asdict(s) for s in run.watch.sights],
         "was_restored": run.was_restored,
         "is_interrupted": run.is_interrupted,
     }

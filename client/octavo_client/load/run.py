@@ -19,6 +19,7 @@ from octavo_client.load.janitor import Janitor, read_baseline
 from octavo_client.load.pace import NS_PER_S, Span
 from octavo_client.load.plan import LoadPoint, Workload, split_point
 from octavo_client.load.tally import Tally
+from octavo_client.load.watch import Watch
 from octavo_client.load.worker import Parcel
 
 _POLL_S = 0.1
@@ -47,6 +48,7 @@ class Settings:
         checks_at_once: Whether answers are checked while load is made; False: after each point.
         kill_every_s: Seconds between two kills of chaos.
         is_shared: Whether others use the server meanwhile, so that what it holds at the end proves nothing.
+        watched_id: The server's process on this machine, whose memory and threads are to be watched.
     """
 
     workload: Workload
@@ -59,6 +61,7 @@ class Settings:
     checks_at_once: bool
     kill_every_s: float
     is_shared: bool
+    watched_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -98,6 +101,7 @@ class RunResult:
         points: Of the sweep, as far as it came.
         faults: What failed it besides wrong answers: unexpected errors, things left on the server.
         num_left_open: Sessions that killed processes left behind and that were closed at the end.
+        watch: How the server's process fared, where it was watched.
         was_restored: Whether the server holds what it held before; None when that was not judged.
         is_interrupted: Whether it was ended early.
     """
@@ -105,6 +109,7 @@ class RunResult:
     points: list[PointResult] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     num_left_open: int = 0
+    watch: Watch | None = None
     was_restored: bool | None = None
     is_interrupted: bool = False
 
@@ -184,7 +189,8 @@ class Runner:
 
     def run(self) -> RunResult:
         """Run all load points; Ctrl-C ends the run early, with what there is."""
-        result = RunResult()
+        watched_id = self._settings.watched_id
+        result = RunResult(watch=None if watched_id is None else Watch(watched_id))
         with self._stack:
             try:
                 for point_idx in range(len(self._settings.points)):
@@ -207,6 +213,8 @@ class Runner:
         try:
             for status in one.phases(point_idx):
                 self._view.show(status)
+                if run.watch is not None:
+                    run.watch.look()
                 if (killed := one.killed_sessions()) is not None:
                     self._janitor.close_soon(killed)
             result.is_complete = not one.faults
@@ -319,7 +327,6 @@ class PointRun:
         start_ns = time.monotonic_ns() + _START_DELAY_NS
         measure_ns = start_ns + int(settings.warm_up_s * NS_PER_S)
         lasts_ns = _LONGEST_NS if settings.duration_s is None else settings.duration_s * NS_PER_S
-        # With shares of steps, each process has its own; see split_point.
         return Span(start_ns, measure_ns, measure_ns + int(lasts_ns))
 
     def _is_in_time(self, span: Span) -> bool:

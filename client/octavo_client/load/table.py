@@ -36,6 +36,8 @@ def report_lines(run: RunResult) -> list[str]:
         label = result.point.label
         lines += [f"{label}: {text}" for text in point_lines(result)]
         lines += [f"{label}: warning: {text}" for text in warnings_of(result)]
+    if run.watch is not None and run.watch.sights:
+        lines.append(run.watch.line())
     if run.num_left_open:
         lines.append(f"{run.num_left_open} sessions that were left open are closed")
     if run.was_restored:
@@ -52,6 +54,10 @@ def point_lines(result: PointResult) -> list[str]:
         lines.append(f"errors by reason: {_counts(tally.refusals.most_common())}")
     if tally.chaos:
         lines.append(f"chaos: {_counts(sorted(tally.chaos.items()))}")
+    if tally.num_stored_unanswered:
+        lines.append(
+            f"{tally.num_stored_unanswered} tokens were stored though their answer was lost"
+        )
     if tally.lateness.num_values:
         p50, p99 = (value / 1e3 for value in tally.lateness.percentiles([50, 99]))
         lines.append(

@@ -38,6 +38,7 @@ class Tally:
         refusals: Errors that were expected, by reason.
         faults: Errors that were not, by text.
         chaos: Faults that were injected, by kind.
+        num_stored_unanswered: Tokens whose answer was lost, and that the server turned out to have.
         num_sampled: Answers kept to be checked.
         last_ns: When the last measured step was answered.
     """
@@ -72,6 +73,7 @@ class Tally:
     refusals: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     chaos: Counter[str] = field(default_factory=Counter)
+    num_stored_unanswered: int = 0
     num_sampled: int = 0
     last_ns: int = 0
 

@@ -7,12 +7,13 @@ so this one ends.
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection as Pipe
 
 from octavo_client._errors import OctavoError
@@ -115,6 +116,8 @@ class _Worker:
             self._run_all([lane.set_up for lane in self._lanes], poll=True)
             self._send(is_ready=True)
             span = self._wait_for_start()
+            # What is there stays: a collection in the middle would be timed, and looks at all of it in vain.
+            gc.freeze()
             if span is not None:
                 self._run_lanes(span)
         finally:
@@ -137,6 +140,7 @@ class _Worker:
 
     def _pace(self, span: Span) -> Pace:
         share = self._rig.share
+        span = replace(span, max_steps=share.max_steps)
         if share.rate is None:
             return ClosedPace(span, time.monotonic_ns)
         seed = session_key(
