@@ -87,7 +87,7 @@ class Histogram:
                     break
                 seen += count
                 value = self._middle(bucket)
-            found.append(value)
+            found.append(self.most if wanted >= self.num_values else value)
         return found
 
     def _middle(self, bucket: int) -> float:
