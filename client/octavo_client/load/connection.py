@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo_client import Client, Session, Timeout
-from octavo_client._errors import ClientClosed
+from octavo_client._errors import ClientClosed, SessionNotFound
 from octavo_client.load.content import Walk
+
+_MAX_CUTS = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -83,14 +85,23 @@ class Connection:
         Raises:
             OctavoError: It is not there, or the server.
         """
-        for _ in range(8):  # another lane may cut the connection meanwhile
+        was_cut = False
+        for _ in range(_MAX_CUTS):
             try:
                 self.adopt([member])
                 member.session.close()
-            except ClientClosed:
+            except (
+                ClientClosed
+            ):  # another lane cut the connection, maybe when the server had closed the session
+                was_cut = True
                 continue
+            except SessionNotFound:
+                if not was_cut:
+                    raise
             return
-        member.session.close()
+        raise ClientClosed(
+            f"session {member.session.session_id} could not be closed: cut too often"
+        )
 
     def close(self) -> None:
         """Close the client."""
