@@ -10,7 +10,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 LOAD_SERVER ?= --model name=llama,num_layers=4,num_q_heads=32,num_kv_heads=8,head_dim=128,max_context=8192,num_blocks=4096
-LOAD_ARGS ?= --concurrency 1,2,4,8 --prompt-tokens 64:0.5,1024:0.4,4000:0.1 --output-tokens 16-64 --html build/load.html
+LOAD_ARGS ?= --concurrency 1,2,4,8,16 --prompt-tokens 64:0.5,1024:0.4,4000:0.1 --output-tokens 16-64 --html build/load.html
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -25,7 +25,7 @@ from octavo_client.load.arguments import DEFAULT_EXPECTED, UsageError, make_pars
 from octavo_client.load.distribution import SpecError, parse_lengths, parse_mix
 from octavo_client.load.fate import Fate, delay_after, fate_of, reason_of
 from octavo_client.load.plan import LoadPoint, split_point
-from octavo_client.load.run import Settings
+from octavo_client.load.results import Settings
 from tests.unit.client_fakes import model
 
 # ---- Distributions ------------------------------------------------------------------------------

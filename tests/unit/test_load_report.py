@@ -22,7 +22,7 @@ from octavo_client.load.page import render
 from octavo_client.load.plan import LoadPoint
 from octavo_client.load.plots import one_plot, plots
 from octavo_client.load.record import describe, write_csv
-from octavo_client.load.run import PointResult, RunResult, Settings, Status
+from octavo_client.load.results import PointResult, RunResult, Settings, Status
 from octavo_client.load.table import print_report
 from octavo_client.load.tally import Tally
 from octavo_client.load.view import live_view, status_line

@@ -12,7 +12,7 @@ from octavo_client.load.chaos import EXPECTED, KINDS, NUM_SLOW_STEPS
 from octavo_client.load.content import DTYPES
 from octavo_client.load.distribution import SpecError, parse_lengths, parse_mix
 from octavo_client.load.plan import LoadPoint, Workload
-from octavo_client.load.run import Settings
+from octavo_client.load.results import Settings
 
 DEFAULT_EXPECTED = ("QUEUE_FULL", "OUT_OF_BLOCKS", "SESSION_LIMIT", "STREAM_LIMIT")
 """What a server that has too much to do says."""

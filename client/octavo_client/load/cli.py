@@ -20,7 +20,8 @@ from octavo_client.load.arguments import UsageError, make_parser, settings_of
 from octavo_client.load.page import render
 from octavo_client.load.plots import one_plot, plots
 from octavo_client.load.record import describe, save_text, write_csv
-from octavo_client.load.run import RunResult, Settings, run
+from octavo_client.load.results import RunResult, Settings
+from octavo_client.load.run import run
 from octavo_client.load.table import print_report
 from octavo_client.load.view import live_view
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from octavo_client.load.run import PointResult
+from octavo_client.load.results import PointResult
 from octavo_client.load.tally import Tally
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from octavo_client.load.figures import LATENCY, THROUGHPUT, Column
-from octavo_client.load.run import PointResult, RunResult
+from octavo_client.load.results import PointResult, RunResult
 from octavo_client.load.table import format_figure, report_lines
 
 _STYLE = """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from octavo_client.load.histogram import bucket_bounds
-from octavo_client.load.run import PointResult
+from octavo_client.load.results import PointResult
 
 _INK, _FAINT, _GRID = "#22272e", "#8a929c", "#e3e6ea"
 _COLORS = ("#c8102e", "#2b6cb0", "#2f8f5b", "#c98a1b", "#7b4fa3", "#6b7480")
@@ -75,6 +75,7 @@ def draw_throughput(axis: Any, points: Sequence[PointResult]) -> None:
             ha="center",
             color=_FAINT,
         )
+    axis.set_xlim(0, None)
     axis.set_yscale("log")
     _frame(axis, f"Latency against throughput, by {points[0].point.kind}", "steps/s")
 
@@ -123,13 +124,17 @@ def _cycle(count: int) -> list[str]:
 
 
 def _frame(axis: Any, title: str, x_label: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415 - only who draws needs it
+
     axis.set_title(title, loc="left", fontsize=11)
     axis.set_xlabel(x_label)
     axis.set_ylabel("milliseconds")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(axis="y", color=_GRID, linewidth=0.8, zorder=0)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(framealpha=0.8, edgecolor="none", fontsize=9)
 
 
 def _svg(draws: Sequence[Draw], points: Sequence[PointResult]) -> str:

@@ -14,7 +14,7 @@ from octavo_client import ServerInfo
 from octavo_client._types import Model
 from octavo_client.load.figures import figures_of, warnings_of
 from octavo_client.load.histogram import Histogram, bucket_bounds
-from octavo_client.load.run import PointResult, RunResult, Settings
+from octavo_client.load.results import PointResult, RunResult, Settings
 from octavo_client.load.tally import Tally
 
 FORMAT = 1

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from octavo_client.load.figures import LATENCY, THROUGHPUT, Column, warnings_of
-from octavo_client.load.run import PointResult, RunResult
+from octavo_client.load.results import PointResult, RunResult
 
 __all__ = ["format_figure", "print_report", "tables"]
 

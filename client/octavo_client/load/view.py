@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from octavo_client.load.figures import LATENCY, THROUGHPUT
-from octavo_client.load.run import PointResult, Status, View
+from octavo_client.load.results import PointResult, Status, View
 from octavo_client.load.table import format_figure
 
 __all__ = ["live_view", "status_line"]
