@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -201,6 +202,26 @@ def test_a_session_that_the_server_loses_is_an_unexpected_error(tmp_path: Path) 
         status, record = run_load(target, tmp_path, "--steps", "5", "--duration", "1", "--shared")
     assert status == 1
     assert any("DEVICE_FAILURE" in fault for fault in record["faults"])
+
+
+def test_a_run_that_is_told_to_end_closes_its_sessions_and_reports() -> None:
+    with serving() as target:
+        command = [sys.executable, "-m", "octavo_client.load", "--target", target]
+        with subprocess.Popen(
+            [*command, "--concurrency", "2", "--duration", "300", "--warm-up", "0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            while "measuring" not in (line := process.stdout.readline()):
+                assert line, "the load test ended early"
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "interrupted" in err
+        assert "the server holds what it held before" in out
+        assert_empty(target)
 
 
 def test_mistakes_and_absent_servers_have_their_exit_codes(

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when every answer that was checked was right and nothing unexpected happened, 1 when not or when the load test
-        cannot run, 2 for mistakes in the arguments, 130 when it was ended early.
+        cannot run, 2 for mistakes in the arguments, 130 when it was ended early and nothing was wrong until then.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(arguments)
@@ -75,9 +75,10 @@ def _run(args: argparse.Namespace, arguments: Sequence[str], console: Console, t
             result = run(settings, client, view)
     print_report(console, result)
     _save(args, ["octavo-load", *arguments], settings, info, result)
-    if result.is_interrupted:
+    status = _verdict(result)
+    if status == 0 and result.is_interrupted:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    return _verdict(result)
+    return status
 
 
 def _save(
