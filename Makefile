@@ -30,7 +30,7 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo load test test-asan test-tsan test-gpu bench-cpu bench-rpc bench-gpu lint format proto build wheel clean compiler-is-there
+.PHONY: help demo load test test-asan test-tsan test-gpu bench-cpu bench-rpc pay-page bench-gpu lint format proto build wheel clean compiler-is-there
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ bench-cpu: compiler-is-there $(BENCH_STAMP)  ## Benchmark the kernels on the CPU
 
 bench-rpc: compiler-is-there $(DEV_STAMP)  ## Benchmark the wire beside the floor of grpcio; under 8 minutes.
 	$(BIN)/python -m tests.bench.rpc $(BENCH_ARGS)
+
+pay-page: $(DEV_STAMP)  ## Write docs/when-it-pays.md from the benchmarks' results; bench-rpc does it too.
+	$(BIN)/python -m tests.bench.rpc.pay_page
 
 bench-gpu:  ## Benchmark the kernels on the GPU that is here; under 8 minutes.
 	$(PYTHON) tests/bench/gpu.py --output build/bench-gpu.json $(BENCH_ARGS)

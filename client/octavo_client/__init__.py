@@ -52,19 +52,26 @@ from octavo_client._errors import (
     SessionLimit,
     SessionNotFound,
     ShapeMismatch,
+    SharedMemoryUnavailable,
     StepExpired,
     StepTimeout,
     StreamLimit,
 )
+from octavo_client._pipeline import Steps, micro_batches
 from octavo_client._session import Session
 from octavo_client._sync import Client
 from octavo_client._types import (
     BatchResult,
     DecodeResult,
     Entry,
+    LaunchStats,
     Model,
+    PoolStats,
     ServerInfo,
+    ServerStats,
     SessionState,
+    StageTimes,
+    Step,
     StepOptions,
 )
 
@@ -87,6 +94,7 @@ __all__ = [
     "EmptyStep",
     "Entry",
     "InterruptedCall",
+    "LaunchStats",
     "LayerNotFound",
     "MalformedMessage",
     "MessageTooLarge",
@@ -95,6 +103,7 @@ __all__ = [
     "NonFinite",
     "OctavoError",
     "OutOfBlocks",
+    "PoolStats",
     "PositionMismatch",
     "Progress",
     "QueueFull",
@@ -102,14 +111,20 @@ __all__ = [
     "Retry",
     "ScaleOverflow",
     "ServerInfo",
+    "ServerStats",
     "Session",
     "SessionLimit",
     "SessionNotFound",
     "SessionState",
     "ShapeMismatch",
+    "SharedMemoryUnavailable",
+    "StageTimes",
+    "Step",
     "StepExpired",
     "StepOptions",
     "StepTimeout",
+    "Steps",
     "StreamLimit",
     "Timeout",
+    "micro_batches",
 ]

@@ -26,7 +26,7 @@ Progress = Callable[[int, int], object]
 """Called with the tokens stored so far and the tokens to store, both counted once per layer."""
 
 _MAX_MESSAGE_TOKENS = 1024
-_MAX_MESSAGE_BYTES = 4 << 20
+_MAX_MESSAGE_BYTES = 1 << 20
 _WAVE_BYTES = 16 << 20
 """Large enough that the round trip between waves does not count, small enough to report progress and to repeat."""
 
@@ -76,6 +76,7 @@ class AppendPlan:
         starts = [mirror.length(layer) if start_pos is None else start_pos for layer in layers]
         self._pieces = self._cut(starts, self._piece_tokens(max_message_bytes))
         self._next = 0
+        self._num_stored = 0
         self._wave_end = 0
         self._resumed_at: Sequence[int] | None = None
         self._failure: Exception | None = None
@@ -120,7 +121,7 @@ class AppendPlan:
 
     def on_stored(self) -> None:
         """Note that the call's messages are stored."""
-        self._next = self._wave_end
+        self._next = self._num_stored = self._wave_end
         self._resumed_at = None
 
     def resumable(self, error: OctavoError) -> OctavoError:
@@ -141,12 +142,15 @@ class AppendPlan:
             raise error
         return error
 
-    def resume(self, lengths: Sequence[int], error: OctavoError) -> None:
+    def resume(self, lengths: Sequence[int], error: OctavoError) -> bool:
         """Go on from the last message that is stored.
 
         Args:
             lengths: [num_layers] what the server has.
             error: Why the call before failed.
+
+        Returns:
+            Whether more is stored than ever before: the call that failed got somewhere.
 
         Raises:
             PositionMismatch: `error`, when nothing was stored since the lengths were asked for before: the position is
@@ -159,6 +163,9 @@ class AppendPlan:
         while num_stored < len(self._pieces) and self._is_within(num_stored, lengths):
             num_stored += 1
         self._next = max(num_stored - 1, 0)
+        has_got_further = num_stored > self._num_stored
+        self._num_stored = max(num_stored, self._num_stored)
+        return has_got_further
 
     def _is_within(self, piece_idx: int, lengths: Sequence[int]) -> bool:
         piece = self._pieces[piece_idx]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from octavo.v1 import octavo_pb2 as pb
-from octavo_client import _retry
+from octavo_client import _pipeline, _retry
 from octavo_client._append import AppendPlan, Progress, plan_append
 from octavo_client._async_stream import AsyncDecodeStream
 from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
@@ -20,7 +20,9 @@ from octavo_client._config import Retry, Timeout
 from octavo_client._errors import MessageTooLarge, OctavoError
 from octavo_client._mirror import Mirror
 from octavo_client._order import Turns
+from octavo_client._pipeline import Action, Receive, Steps, Submit
 from octavo_client._retry import Attempts, CallRule
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Placement, draft_step
 from octavo_client._tensors import num_rows
@@ -30,6 +32,7 @@ from octavo_client._types import (
     Entry,
     Model,
     ServerInfo,
+    ServerStats,
     SessionState,
     StepOptions,
 )
@@ -37,9 +40,12 @@ from octavo_client._wire import (
     PAGE_SIZE,
     open_request,
     read_server_info,
+    read_server_stats,
     read_session,
     truncate_request,
 )
+
+T = TypeVar("T")
 
 
 class AsyncClient:
@@ -48,21 +54,33 @@ class AsyncClient:
     Made, used and closed on one running event loop. An async context manager: leaving it closes.
 
     Args:
-        target: The server, such as "localhost:50051"; reached directly, whatever http_proxy says.
+        target: The server, such as "localhost:50051" or "unix:/run/octavo.sock"; reached directly, whatever http_proxy
+            says.
         timeout: How long to wait for what.
         retry: How often to try again, where that is safe.
+        shared_memory: Whether steps of 128 KiB and more leave their tensors in memory shared with the server: on the
+            server's machine, as its user, and with `shared_memory: true` in its config. Where that cannot be, a warning
+            is logged (logger octavo_client) and tensors go over gRPC.
     """
 
     def __init__(
-        self, target: str, *, timeout: Timeout | None = None, retry: Retry | None = None
+        self,
+        target: str,
+        *,
+        timeout: Timeout | None = None,
+        retry: Retry | None = None,
+        shared_memory: bool = False,
     ) -> None:
         self._timeout = timeout or Timeout()
         self._retry = retry or Retry()
+        self._memory = SharedMemory() if shared_memory else None
         options = channel_options(self._timeout, self._retry)
         self._channel = grpc.aio.insecure_channel(target, options)
         self._append_rpc = self._channel.stream_unary(*APPEND_RPC)
         self._decode_rpc = self._channel.stream_stream(*DECODE_RPC)
-        self._stream = AsyncDecodeStream(self._decode_rpc, self._retry, self._forget_info)
+        self._stream = AsyncDecodeStream(
+            self._decode_rpc, self._retry, self._forget_info, self._memory
+        )
         self._turns = Turns()
         self._info: ServerInfo | None = None
 
@@ -82,6 +100,10 @@ class AsyncClient:
         response = await self._call(_retry.SERVER_INFO, pb.ServerInfoRequest())
         self._info = read_server_info(response)
         return self._info
+
+    async def server_stats(self) -> ServerStats:
+        """Return what the server has done since its start, and what it holds now."""
+        return read_server_stats(await self._call(_retry.SERVER_STATS, pb.ServerStatsRequest()))
 
     async def open_session(self, model: str) -> AsyncSession:
         """Open an empty session of a model; as Client.open_session."""
@@ -135,6 +157,23 @@ class AsyncClient:
         """
         return await self._submit(entries, (q, k, v), options, is_single=False)
 
+    async def pipeline(self, tasks: Iterable[Steps[T]]) -> list[T]:
+        """Run micro-batches so that one computes here while the attention of the others is on its way.
+
+        As Client.pipeline, and for the same generators; they compute on the event loop. Cancelling it closes them and
+        gives their steps in flight up; those that were sent may still be applied. Model code that awaits needs none of
+        it: coroutines that call decode_batch overlap in an asyncio.TaskGroup.
+        """
+        return await _pipeline.run_async(_pipeline.schedule(tasks), self._perform)
+
+    async def _perform(self, action: Action) -> Any:
+        if isinstance(action, Submit):
+            step = action.step
+            return await self.submit_batch(step.entries, step.q, step.k, step.v, **step.options)
+        if isinstance(action, Receive):
+            return await action.future
+        return await _pipeline.settle_async(action.futures, action.cause)
+
     async def _submit(
         self,
         entries: Sequence[Entry],
@@ -152,6 +191,7 @@ class AsyncClient:
                 options,
                 default_timeout_s=self._timeout.step_s,
                 max_message_bytes=(await self._known_info()).max_message_bytes,
+                memory=self._memory,
             )
             for mirror in draft.stale:
                 await self._refresh(mirror)
@@ -175,7 +215,8 @@ class AsyncClient:
                     self._forget_info()
                 error = plan.resumable(error)
                 await asyncio.sleep(attempts.delay_after(error, time.monotonic()))
-                plan.resume((await self.get_session(mirror.session_id)).lengths, error)
+                if plan.resume((await self.get_session(mirror.session_id)).lengths, error):
+                    attempts.succeeded()
                 continue
             attempts.succeeded()
             plan.on_stored()

@@ -13,17 +13,18 @@ from typing import Any
 
 import grpc
 
-from octavo.v1 import octavo_pb2 as pb
 from octavo_client._config import Retry
+from octavo_client._encoding import Result
 from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
 from octavo_client._exchange import Exchange, Job, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Draft
 
 Outbox = asyncio.Queue[bytes | None]
 
-AsyncDecodeCall = grpc.aio.StreamStreamCall[Any, pb.DecodeResponse]
+AsyncDecodeCall = grpc.aio.StreamStreamCall[Any, Result]
 
 
 class AsyncDecodeStream:
@@ -33,6 +34,7 @@ class AsyncDecodeStream:
         open_call: Starts a Decode call that sends the given messages.
         retry: How often to open again.
         on_too_large: Called when the server ended a stream because a message was over its limit.
+        memory: What the client may share with the server.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class AsyncDecodeStream:
         open_call: Callable[[AsyncIterator[bytes]], AsyncDecodeCall],
         retry: Retry,
         on_too_large: Callable[[], None],
+        memory: SharedMemory | None = None,
     ) -> None:
         self._open_call = open_call
         self._on_too_large = on_too_large
         self._backoff = Backoff(retry)
-        self._exchange = Exchange()
+        self._exchange = Exchange(memory)
         self._outbox: Outbox = asyncio.Queue()
         self._reader: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -90,6 +93,7 @@ class AsyncDecodeStream:
             self._reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader
+        self._exchange.on_broken()
 
     def _send(self, messages: list[bytes]) -> None:
         for message in messages:
@@ -136,7 +140,7 @@ class AsyncDecodeStream:
         self._send(self._exchange.on_open(asyncio.get_running_loop().time()))
         try:
             async for response in call:
-                if self._on_result(response.result):
+                if self._on_result(response):
                     break
         except grpc.RpcError as error:
             return error_from_rpc(error)
@@ -145,7 +149,7 @@ class AsyncDecodeStream:
             outbox.put_nowait(None)
         return self._exchange.ended()
 
-    def _on_result(self, result: pb.StepResult) -> bool:
+    def _on_result(self, result: Result) -> bool:
         """Take a result; return whether it is time for another stream."""
         outcomes, to_send, is_drained = self._exchange.on_result(
             result, asyncio.get_running_loop().time()

@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client._config import Retry, Timeout
+from octavo_client._encoding import parse_response
 from octavo_client._retry import CallRule
 
 Rpc = tuple[str, Callable[[Any], bytes], Callable[[bytes], Any]]
@@ -31,7 +32,7 @@ def _encode(message: Message) -> bytes:
 # What carries tensors is encoded before it gets here.
 APPEND_RPC: Rpc = (f"{_SERVICE}/Append", bytes, pb.AppendResponse.FromString)
 
-DECODE_RPC: Rpc = (f"{_SERVICE}/Decode", bytes, pb.DecodeResponse.FromString)
+DECODE_RPC: Rpc = (f"{_SERVICE}/Decode", bytes, parse_response)
 
 
 def unary_rpc(rule: CallRule) -> Rpc:

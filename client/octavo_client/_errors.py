@@ -8,7 +8,8 @@
     │   ├── PositionMismatch        ├── MalformedMessage     ├── ScaleOverflow
     │   ├── ContextTooLong          ├── BadTensor            ├── StepExpired
     │   ├── OutOfBlocks             ├── ShapeMismatch        ├── Draining
-    │   ├── MessageTooLarge         └── DtypeMismatch        └── DeviceFailure
+    │   ├── MessageTooLarge         ├── DtypeMismatch        ├── DeviceFailure
+    │   └── SharedMemoryUnavailable
     ├── InterruptedCall             no answer; `may_be_applied` says whether the server may have acted
     │   ├── ConnectionLost          the connection broke, and trying again did not help
     │   ├── StepTimeout             a decode step had no answer in time
@@ -124,7 +125,10 @@ class StreamLimit(_LimitReached):
 
 
 class QueueFull(_LimitReached):
-    """The server's queue of steps is full."""
+    """The server's queue of steps is full, or too many unary calls wait; try again after `retry_after_s`.
+
+    A step is not sent again by itself: nothing of it was applied, and steps sent after it may have been.
+    """
 
 
 class _BadRequest(RefusedError):
@@ -175,6 +179,12 @@ class StepExpired(RefusedError):
     """The step's time passed while it was queued; it was not applied."""
 
     timeout_ms: int
+
+
+class SharedMemoryUnavailable(RefusedError):
+    """The server shares no memory with this client; steps go over gRPC, so this is only ever logged."""
+
+    cause: str
 
 
 class Draining(RefusedError):
@@ -246,6 +256,7 @@ REASONS: Mapping[str, type[RefusedError]] = {
     "NON_FINITE": NonFinite,
     "SCALE_OVERFLOW": ScaleOverflow,
     "STEP_EXPIRED": StepExpired,
+    "SHARED_MEMORY_UNAVAILABLE": SharedMemoryUnavailable,
     "DRAINING": Draining,
     "DEVICE_FAILURE": DeviceFailure,
 }

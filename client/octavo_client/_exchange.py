@@ -10,17 +10,19 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from octavo.v1 import octavo_pb2 as pb
+from octavo_client._encoding import Result
 from octavo_client._errors import (
     ConnectionLost,
     Draining,
     InterruptedCall,
     MessageTooLarge,
     OctavoError,
+    QueueFull,
     RefusedError,
     StepExpired,
 )
 from octavo_client._ledger import Ledger, LedgerStep
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_status
 from octavo_client._steps import Draft, timed_out
 
@@ -66,9 +68,14 @@ _Step = LedgerStep[Job]
 
 
 class Exchange:
-    """The steps of one client and their way over any number of streams; one caller at a time."""
+    """The steps of one client and their way over any number of streams; one caller at a time.
 
-    def __init__(self) -> None:
+    Args:
+        memory: What the client may share with the server.
+    """
+
+    def __init__(self, memory: SharedMemory | None = None) -> None:
+        self._memory = memory
         self._ledger: Ledger[Job] = Ledger()
         self._draining: Draining | None = None
 
@@ -107,16 +114,25 @@ class Exchange:
         step = self._ledger.submit(
             job, draft.keys, has_kv=draft.has_kv, deadline=now + draft.timeout_s
         )
-        return step.step_id, _encode([step] if step.is_sent else [], now)
+        if step.is_sent:
+            return step.step_id, _encode([step], now)
+        draft.keep()
+        return step.step_id, []
 
-    def on_result(self, result: pb.StepResult, now: float) -> Turn:
-        """Take a result; that of a step which was given up is dropped."""
-        refusal = error_from_status(result.error) if result.HasField("error") else None
+    def on_result(self, result: Result, now: float) -> Turn:
+        """Take a result, or where the memory is that the server shares; that of a step given up is dropped."""
+        head = result.head
+        if self._memory is not None:
+            if result.region is not None:
+                self._memory.on_answer(result.region)
+                return Turn([], [])
+            self._memory.on_result(head.step_id)
+        refusal = error_from_status(head.error) if head.HasField("error") else None
         if isinstance(refusal, Draining):
             self._draining = refusal
-            self._ledger.hold(result.step_id)
+            self._ledger.hold(head.step_id)
             return Turn([], [], self.is_drained)
-        step, to_send = self._ledger.resolve(result.step_id)
+        step, to_send = self._ledger.resolve(head.step_id)
         outcomes = [] if step is None else [_outcome(step, result, refusal)]
         return Turn(outcomes, _encode(to_send, now), self.is_drained)
 
@@ -138,10 +154,13 @@ class Exchange:
     def on_open(self, now: float) -> list[bytes]:
         """Note that a stream is open; return the messages to send on it."""
         self._draining = None
-        return _encode(self._ledger.on_stream_open(), now)
+        first = [] if self._memory is None else [self._memory.request()]
+        return first + _encode(self._ledger.on_stream_open(), now)
 
     def on_broken(self) -> None:
         """Note that the stream is gone."""
+        if self._memory is not None:
+            self._memory.forget()
         self._ledger.on_stream_broken()
 
     def fail_too_large(self, error: MessageTooLarge) -> list[Outcome]:
@@ -192,11 +211,11 @@ def _encode_one(step: _Step, now: float) -> bytes:
     return step.payload.draft.encode(step.step_id, timeout_ms)
 
 
-def _outcome(step: _Step, result: pb.StepResult, refusal: RefusedError | None) -> Outcome:
+def _outcome(step: _Step, result: Result, refusal: RefusedError | None) -> Outcome:
     job = step.payload
-    if isinstance(refusal, StepExpired) and step.has_kv and step.was_cut:
-        # Only this sending expired; the one that the connection cut off may have run.
-        return _failed(step, timed_out(job.draft, may_be_applied=True))
+    if isinstance(refusal, (StepExpired, QueueFull)) and step.has_kv and step.was_cut:
+        # Only this sending was refused; the one that the connection cut off may have run.
+        return _failed(step, _unknown_fate(job, refusal))
     if refusal is not None:
         return _failed(step, refusal)
     try:
@@ -205,6 +224,14 @@ def _outcome(step: _Step, result: pb.StepResult, refusal: RefusedError | None) -
     except Exception as error:
         own = error if isinstance(error, OctavoError) else _error_for(step, unexpected(error))
         return _failed(step, own)
+
+
+def _unknown_fate(job: Job, refusal: RefusedError) -> OctavoError:
+    if isinstance(refusal, StepExpired):
+        return timed_out(job.draft, may_be_applied=True)
+    error = ConnectionLost("the connection broke, and then the queue was full", may_be_applied=True)
+    error.__cause__ = refusal
+    return error
 
 
 def _failed(step: _Step, error: OctavoError) -> Outcome:

@@ -155,9 +155,12 @@ class Ledger(Generic[Payload]):
             for key in step.keys:
                 queue = self._queues[key]
                 queue.remove(step)
-                behind.update((other.step_id, other) for other in queue if not other.is_sent)
-                if not queue:
+                if queue:
+                    behind.update((other.step_id, other) for other in queue if not other.is_sent)
+                else:
                     del self._queues[key]
+        if not behind:
+            return []
         return self._send(behind[step_id] for step_id in sorted(behind) if step_id in self._steps)
 
     def _send(self, candidates: Iterable[LedgerStep[Payload]]) -> list[LedgerStep[Payload]]:

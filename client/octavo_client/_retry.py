@@ -22,8 +22,8 @@ from octavo_client._errors import (
 
 
 def is_passing(error: OctavoError) -> bool:
-    """Whether a stream that ended so is to be opened again: the server is away, moving, or briefly full of streams."""
-    return isinstance(error, (ConnectionLost, Draining, StreamLimit))
+    """Whether a stream that ended so is to be opened again: the server is away, moving, or briefly full."""
+    return isinstance(error, (ConnectionLost, Draining, StreamLimit, QueueFull))
 
 
 _LONGEST_WAIT_S = 7 * 86_400.0
@@ -76,6 +76,7 @@ class CallRule:
 
 
 SERVER_INFO = CallRule("ServerInfo", pb.ServerInfoResponse, changes=False)
+SERVER_STATS = CallRule("ServerStats", pb.ServerStatsResponse, changes=False)
 GET_SESSION = CallRule("GetSession", pb.GetSessionResponse, changes=False)
 LIST_SESSIONS = CallRule("ListSessions", pb.ListSessionsResponse, changes=False)
 OPEN_SESSION = CallRule("OpenSession", pb.OpenSessionResponse)

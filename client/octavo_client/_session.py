@@ -114,7 +114,9 @@ class Session:
         **options: Unpack[StepOptions],
     ) -> DecodeResult:
         """Append K and V of new tokens to a layer, attend with Q, and wait for the answer; see submit."""
-        return self.submit(layer, q, k, v, start_pos=start_pos, **options).result()
+        entry = Entry(self, layer, num_rows(q), start_pos)
+        result: DecodeResult = self._client._run([entry], (q, k, v), options, is_single=True)
+        return result
 
     def submit(
         self,

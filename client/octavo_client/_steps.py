@@ -12,7 +12,7 @@ import numpy as np
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _tensors
 from octavo_client._config import check_seconds
-from octavo_client._encoding import encode_decode, encode_tensors
+from octavo_client._encoding import Parts, Result, encode_decode, encode_tensors, num_bytes
 from octavo_client._errors import (
     ClientClosed,
     OctavoError,
@@ -21,10 +21,11 @@ from octavo_client._errors import (
     message_too_large,
 )
 from octavo_client._mirror import Mirror
+from octavo_client._shared_memory import PlacedTensors, SharedMemory
 from octavo_client._status import error_from_status
 from octavo_client._tensors import HostArray, ToCaller
 from octavo_client._types import BatchResult, Model, StepOptions
-from octavo_client._wire import check_span, random_key
+from octavo_client._wire import check_span, random_key, read_stage_times
 
 _FIELDS = {
     "q": pb.Step.Q_FIELD_NUMBER,
@@ -32,12 +33,14 @@ _FIELDS = {
     "v": pb.Step.V_FIELD_NUMBER,
 }
 
-_FLAGS = ("causal", "return_lse")
+_FLAGS = ("causal", "return_lse", "stage_times")
 _OPTIONS = frozenset(StepOptions.__annotations__)
 
 _MAX_START_POS_BYTES = 5
-_MAX_HEADER_BYTES = 64
-"""Room for what is filled in when the step is placed and sent: positions, step_id, timeout_ms."""
+_MAX_HEADER_BYTES = 96
+"""Room for what is filled in when the step is placed and sent: positions, step_id, timeout_ms, the answer's place."""
+
+_LSE_BYTES = 4
 
 
 class Placement(NamedTuple):
@@ -55,7 +58,8 @@ class Draft:
 
     Attributes:
         header: The message without its tensors; positions, step_id and timeout_ms are filled in later.
-        tensors: q, and k and v, as encoded fields of the message.
+        tensors: q, and k and v: as encoded fields of the message, in parts, over the caller's arrays until `keep`; or
+            copied to shared memory.
         has_kv: Whether the step appends.
         placements: Its entries.
         to_caller: Turns an answer into the caller's kind of array.
@@ -64,7 +68,7 @@ class Draft:
     """
 
     header: pb.Step
-    tensors: bytes
+    tensors: Parts | PlacedTensors
     has_kv: bool
     placements: Sequence[Placement]
     to_caller: ToCaller
@@ -80,8 +84,8 @@ class Draft:
     @property
     def stale(self) -> list[Mirror]:
         """Mirrors to refresh before the step can be placed."""
-        relied_on = {p.mirror: None for p in self.placements if p.start_pos is None}
-        return [mirror for mirror in relied_on if mirror.is_stale]
+        stale = [p.mirror for p in self.placements if p.mirror.is_stale and p.start_pos is None]
+        return list(dict.fromkeys(stale))
 
     def place(self) -> None:
         """Fill in the positions and note what is now in flight.
@@ -100,19 +104,30 @@ class Draft:
         """Return the message, once the step is placed."""
         self.header.step_id = step_id
         self.header.timeout_ms = timeout_ms
-        message = encode_decode(self.header, self.tensors)
+        tensors = self.tensors
+        if isinstance(tensors, PlacedTensors):
+            message = encode_decode(self.header, tensors.encode(self.header))
+        else:
+            message = encode_decode(self.header, tensors)
+            self.tensors = [memoryview(message)[-num_bytes(tensors) :]]
         self.sent_bytes = len(message)
         return message
 
-    def read(self, result: pb.StepResult) -> BatchResult:
+    def keep(self) -> None:
+        """Copy the tensors, which the caller may change from now on; `encode` does so too."""
+        if not isinstance(self.tensors, PlacedTensors):
+            self.tensors = [b"".join(self.tensors)]
+
+    def read(self, result: Result) -> BatchResult:
         """Return a step's answer as the caller's kind of array, and note what is stored.
 
         Raises:
             OctavoError: The server's answer makes no sense.
         """
-        errors = {e.entry_idx: error_from_status(e.error) for e in result.entry_errors}
+        head = result.head
+        errors = {e.entry_idx: error_from_status(e.error) for e in head.entry_errors}
         self._settle(errors)
-        return BatchResult(*self._arrays(result), errors, self._slices())
+        return BatchResult(*self._arrays(result), errors, self._slices(), read_stage_times(head))
 
     def fail(self, error: OctavoError) -> None:
         """Note that the whole step failed; what its answer said before stays."""
@@ -145,17 +160,19 @@ class Draft:
             end = starts[entry_idx] + placement.num_tokens
             placement.mirror.settle(placement.layer, end, errors.get(entry_idx))
 
-    def _arrays(self, result: pb.StepResult) -> tuple[Any, Any | None]:
+    def _arrays(self, result: Result) -> tuple[Any, Any | None]:
+        tensors = self.tensors
+        read = tensors.read if isinstance(tensors, PlacedTensors) else _tensors.from_wire
         try:
-            out = _tensors.from_wire(result.out)
-            lse = _tensors.from_wire(result.lse) if result.HasField("lse") else None
+            out = read(result.out)
+            lse = None if result.lse is None else read(result.lse)
         except ValueError as error:
             raise OctavoError(f"the server's answer makes no sense: {error}") from error
         return self.to_caller(out), None if lse is None else self.to_caller(lse)
 
     def _slices(self) -> tuple[slice, ...]:
-        ends = itertools.accumulate((p.num_tokens for p in self.placements), initial=0)
-        return tuple(itertools.starmap(slice, itertools.pairwise(ends)))
+        ends = list(itertools.accumulate([p.num_tokens for p in self.placements], initial=0))
+        return tuple(map(slice, ends, ends[1:]))
 
 
 def draft_step(
@@ -165,6 +182,7 @@ def draft_step(
     *,
     default_timeout_s: float,
     max_message_bytes: int,
+    memory: SharedMemory | None = None,
 ) -> Draft:
     """Check a step and build its message; nothing that it lets through can fail to be sent.
 
@@ -173,7 +191,9 @@ def draft_step(
         tensors: q, k and v of all entries one after the other; k and v both or neither.
         options: Flags and timeout.
         default_timeout_s: Timeout unless the options have one.
-        max_message_bytes: Largest message that the server receives.
+        max_message_bytes: Largest message that the server receives; a step in shared memory must fit it too, for it may
+            have to be sent again without.
+        memory: What the client shares with the server.
 
     Raises:
         ValueError: An entry, a shape or a timeout that cannot be.
@@ -186,19 +206,21 @@ def draft_step(
     arrays = _host_arrays(tensors)
     _check_arrays(arrays, model, sum(placement.num_tokens for placement in placements))
     header = _header(placements, options, has_kv="k" in arrays)
-    encoded = encode_tensors({_FIELDS[name]: array for name, array in arrays.items()})
-    num_bytes = (
-        len(encoded)
+    fields = {_FIELDS[name]: array for name, array in arrays.items()}
+    encoded = encode_tensors(fields)
+    message_bytes = (
+        num_bytes(encoded)
         + header.ByteSize()
         + _MAX_HEADER_BYTES
         + _MAX_START_POS_BYTES * len(placements)
     )
-    if num_bytes > max_message_bytes:
-        raise message_too_large(num_bytes, max_message_bytes)
+    if message_bytes > max_message_bytes:
+        raise message_too_large(message_bytes, max_message_bytes)
+    placed = None if memory is None else _place(fields, header, memory)
     timeout_s = options.get("timeout")
     timeout_s = default_timeout_s if timeout_s is None else timeout_s
     to_caller = _tensors.like(tensors[0])
-    return Draft(header, encoded, "k" in arrays, placements, to_caller, timeout_s)
+    return Draft(header, placed or encoded, "k" in arrays, placements, to_caller, timeout_s)
 
 
 def timed_out(draft: Draft, may_be_applied: bool) -> StepTimeout:
@@ -207,6 +229,8 @@ def timed_out(draft: Draft, may_be_applied: bool) -> StepTimeout:
 
 
 def _check_options(options: StepOptions) -> None:
+    if not options:
+        return
     unknown = options.keys() - _OPTIONS
     if unknown:
         names, known = ", ".join(sorted(unknown)), ", ".join(sorted(_OPTIONS))
@@ -226,7 +250,7 @@ def _check_placements(placements: Sequence[Placement]) -> Model:
     model = placements[0].mirror.model
     for placement in placements:
         _check_placement(placement, model)
-    if len({(placement.mirror, placement.layer) for placement in placements}) < len(placements):
+    if len(placements) > 1 and len({(p.mirror, p.layer) for p in placements}) < len(placements):
         raise ValueError("a step must have one entry per session and layer; send two steps")
     return model
 
@@ -265,10 +289,22 @@ def _host_arrays(tensors: tuple[Any, Any | None, Any | None]) -> dict[str, HostA
 
 
 def _check_arrays(arrays: dict[str, HostArray], model: Model, num_tokens: int) -> None:
+    dtype = arrays["q"].dtype
     for name, array in arrays.items():
         num_heads = model.num_q_heads if name == "q" else model.num_kv_heads
-        _tensors.check_shape(name, array, (num_tokens, num_heads, model.head_dim))
-        _tensors.check_dtype(name, array, arrays["q"].dtype)
+        shape = (num_tokens, num_heads, model.head_dim)
+        if array.shape != shape:
+            _tensors.check_shape(name, array, shape)
+        if array.dtype != dtype:
+            _tensors.check_dtype(name, array, dtype)
+
+
+def _place(
+    fields: dict[int, HostArray], header: pb.Step, memory: SharedMemory
+) -> PlacedTensors | None:
+    q = fields[pb.Step.Q_FIELD_NUMBER]
+    lse_bytes = q.shape[0] * q.shape[1] * _LSE_BYTES if header.return_lse else 0
+    return memory.place(fields, q.nbytes, lse_bytes)
 
 
 def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bool) -> pb.Step:
@@ -278,6 +314,7 @@ def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bo
         layers=[placement.layer for placement in placements],
         num_tokens=[placement.num_tokens for placement in placements],
         return_lse=bool(options.get("return_lse", False)),
+        return_stage_times=bool(options.get("stage_times", False)),
     )
     if not options.get("causal", True):
         header.causal = False

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any, Self, Unpack
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from octavo.v1 import octavo_pb2 as pb
-from octavo_client import _retry
+from octavo_client import _pipeline, _retry
 from octavo_client._append import AppendPlan, Progress
+from octavo_client._call import open_call
 from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
 from octavo_client._config import Retry, Timeout
 from octavo_client._errors import MessageTooLarge
 from octavo_client._mirror import Mirror
+from octavo_client._pipeline import Action, Receive, Steps, Submit
 from octavo_client._retry import Attempts, CallRule
 from octavo_client._session import Session
+from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
-from octavo_client._steps import Placement, draft_step
+from octavo_client._steps import Draft, Placement, draft_step
 from octavo_client._stream import DecodeStream
 from octavo_client._types import (
     BatchResult,
     Entry,
     ServerInfo,
+    ServerStats,
     SessionState,
     StepOptions,
 )
@@ -32,8 +36,11 @@ from octavo_client._wire import (
     PAGE_SIZE,
     open_request,
     read_server_info,
+    read_server_stats,
     read_session,
 )
+
+T = TypeVar("T")
 
 
 class Client:
@@ -42,21 +49,35 @@ class Client:
     Safe to use from several threads. Nothing is sent before the first call. A context manager: leaving it closes.
 
     Args:
-        target: The server, such as "localhost:50051"; reached directly, whatever http_proxy says.
+        target: The server, such as "localhost:50051" or "unix:/run/octavo.sock"; reached directly, whatever http_proxy
+            says.
         timeout: How long to wait for what.
         retry: How often to try again, where that is safe.
+        shared_memory: Whether steps of 128 KiB and more leave their tensors in memory shared with the server: on the
+            server's machine, as its user, and with `shared_memory: true` in its config. Where that cannot be, a warning
+            is logged (logger octavo_client) and tensors go over gRPC.
     """
 
     def __init__(
-        self, target: str, *, timeout: Timeout | None = None, retry: Retry | None = None
+        self,
+        target: str,
+        *,
+        timeout: Timeout | None = None,
+        retry: Retry | None = None,
+        shared_memory: bool = False,
     ) -> None:
         self._timeout = timeout or Timeout()
         self._retry = retry or Retry()
+        self._memory = SharedMemory() if shared_memory else None
         options = channel_options(self._timeout, self._retry)
         self._channel = grpc.insecure_channel(target, options)
         self._append_rpc = self._channel.stream_unary(*APPEND_RPC)
-        self._decode_rpc = self._channel.stream_stream(*DECODE_RPC)
-        self._stream = DecodeStream(self._decode_rpc, self._retry, self._forget_info)
+        self._stream = DecodeStream(
+            lambda: open_call(self._channel, DECODE_RPC[0]),
+            self._retry,
+            self._forget_info,
+            self._memory,
+        )
         self._info: ServerInfo | None = None
 
     def __enter__(self) -> Self:
@@ -75,6 +96,10 @@ class Client:
         response = self._call(_retry.SERVER_INFO, pb.ServerInfoRequest())
         self._info = read_server_info(response)
         return self._info
+
+    def server_stats(self) -> ServerStats:
+        """Return what the server has done since its start, and what it holds now."""
+        return read_server_stats(self._call(_retry.SERVER_STATS, pb.ServerStatsRequest()))
 
     def open_session(self, model: str) -> Session:
         """Open an empty session of a model.
@@ -123,7 +148,8 @@ class Client:
         **options: Unpack[StepOptions],
     ) -> BatchResult:
         """Run one step for several sessions or layers and wait for its answer; see submit_batch."""
-        return self.submit_batch(entries, q, k, v, **options).result()
+        result: BatchResult = self._run(entries, (q, k, v), options, is_single=False)
+        return result
 
     def submit_batch(
         self,
@@ -153,6 +179,49 @@ class Client:
         """
         return self._submit(entries, (q, k, v), options, is_single=False)
 
+    def pipeline(self, tasks: Iterable[Steps[T]]) -> list[T]:
+        """Run micro-batches so that one computes here while the attention of the others is on its way.
+
+        A task is a generator: model code that yields a Step wherever it would call decode_batch, and receives its
+        BatchResult:
+
+            def decode(rows):
+                x = embed(tokens[rows])
+                for layer in range(num_layers):
+                    entries = [Entry(session, layer) for session in sessions[rows]]
+                    result = yield Step(entries, *project_qkv(layer, x))
+                    x = finish_layer(layer, x, result.raise_for_errors().out)
+                return logits(x)
+
+            parts = client.pipeline(decode(rows) for rows in micro_batches(len(sessions)))
+
+        It pays while the steps and the computing of half a batch each take about half the time of a whole one: each
+        part then hides behind the other. Every micro-batch costs a message a layer. A task may go on over many tokens;
+        the pipeline then never runs empty in between. All of it runs in the calling thread, one task at a time; a task
+        whose answer is there goes on first, else the one that has waited longest.
+
+        Args:
+            tasks: The generators, begun in this order; each has one step in flight. micro_batches cuts a batch.
+
+        Returns:
+            What the tasks returned, in their order.
+
+        Raises:
+            Exception: What a task raised first, with a note which task it was. What decode_batch would have raised is
+                raised at the task's yield, where it can be caught. No step stays behind: those of the other tasks that
+                are in flight are waited for, then the tasks are closed. Layers may have come unequally far by then:
+                truncate the sessions to a common length before going on.
+        """
+        return _pipeline.run(_pipeline.schedule(tasks), self._perform)
+
+    def _perform(self, action: Action) -> Any:
+        if isinstance(action, Submit):
+            step = action.step
+            return self.submit_batch(step.entries, step.q, step.k, step.v, **step.options)
+        if isinstance(action, Receive):
+            return action.future.result()
+        return wait(action.futures)
+
     def _submit(
         self,
         entries: Sequence[Entry],
@@ -161,16 +230,35 @@ class Client:
         *,
         is_single: bool,
     ) -> Future[Any]:
+        return self._stream.submit(self._draft(entries, tensors, options), is_single=is_single)
+
+    def _run(
+        self,
+        entries: Sequence[Entry],
+        tensors: tuple[Any, Any | None, Any | None],
+        options: StepOptions,
+        *,
+        is_single: bool,
+    ) -> Any:
+        return self._stream.run(self._draft(entries, tensors, options), is_single=is_single)
+
+    def _draft(
+        self,
+        entries: Sequence[Entry],
+        tensors: tuple[Any, Any | None, Any | None],
+        options: StepOptions,
+    ) -> Draft:
         draft = draft_step(
             [self._placement(entry) for entry in entries],
             tensors,
             options,
             default_timeout_s=self._timeout.step_s,
             max_message_bytes=self._known_info().max_message_bytes,
+            memory=self._memory,
         )
         for mirror in draft.stale:
             self._refresh(mirror)
-        return self._stream.submit(draft, is_single=is_single)
+        return draft
 
     def _placement(self, entry: Entry) -> Placement:
         if entry.session._client is not self:
@@ -190,7 +278,8 @@ class Client:
                     self._forget_info()
                 error = plan.resumable(error)
                 time.sleep(attempts.delay_after(error, time.monotonic()))
-                plan.resume(self.get_session(mirror.session_id).lengths, error)
+                if plan.resume(self.get_session(mirror.session_id).lengths, error):
+                    attempts.succeeded()
                 continue
             attempts.succeeded()
             plan.on_stored()

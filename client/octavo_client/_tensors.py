@@ -5,6 +5,7 @@ Torch is never imported here: a caller who passes a torch tensor has imported it
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.v1 import octavo_pb2 as pb
+from octavo.v1.tensor_fields import TensorField
 
 HostArray = NDArray[Any]
 """A float16, bfloat16 (ml_dtypes) or float32 array in this process's memory."""
@@ -23,12 +25,12 @@ ToCaller = Callable[[HostArray], Any]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-_WIRE_DTYPES: dict[np.dtype[Any], pb.DataType] = {
+WIRE_DTYPES: dict[np.dtype[Any], int] = {
     np.dtype("<f2"): pb.DATA_TYPE_FLOAT16,
     _BFLOAT16: pb.DATA_TYPE_BFLOAT16,
     np.dtype("<f4"): pb.DATA_TYPE_FLOAT32,
 }
-_HOST_DTYPES = {wire: host for host, wire in _WIRE_DTYPES.items()}
+_HOST_DTYPES = {wire: host for host, wire in WIRE_DTYPES.items()}
 
 
 def to_host(name: str, value: Any) -> HostArray:
@@ -41,7 +43,7 @@ def to_host(name: str, value: Any) -> HostArray:
     if not isinstance(array, np.ndarray):
         kind = type(value).__name__
         raise TypeError(f"{name} must be a numpy array or a torch tensor, got {kind}")
-    if array.dtype not in _WIRE_DTYPES:
+    if array.dtype not in WIRE_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {array.dtype}")
     return array
 
@@ -85,21 +87,32 @@ def check_dtype(name: str, array: HostArray, expected: np.dtype[Any]) -> None:
         raise TypeError(f"{name} must be {expected} like the others, got {array.dtype}")
 
 
-def wire_dtype(array: HostArray) -> pb.DataType:
-    """Return the wire's name of an array's dtype."""
-    return _WIRE_DTYPES[array.dtype]
-
-
-def from_wire(tensor: pb.Tensor) -> HostArray:
-    """Return a wire tensor as a read-only array over its bytes.
+def host_dtype(tensor: TensorField) -> np.dtype[Any]:
+    """Return the dtype of a wire tensor.
 
     Raises:
-        ValueError: Its bytes, shape and dtype do not fit each other.
+        ValueError: There is none of its number.
     """
     dtype = _HOST_DTYPES.get(tensor.dtype)
     if dtype is None:
         raise ValueError(f"the server sent a tensor of unknown dtype {tensor.dtype}")
-    return np.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
+    return dtype
+
+
+def from_wire(tensor: TensorField | None) -> HostArray:
+    """Return a wire tensor as a read-only array over its message's bytes, or over a copy where those are not aligned.
+
+    Raises:
+        ValueError: It is not there, or its bytes, shape and dtype do not fit each other.
+    """
+    if tensor is None:
+        raise ValueError("a tensor is missing")
+    dtype = host_dtype(tensor)
+    size = math.prod(tensor.shape)
+    if tensor.num_bytes != size * dtype.itemsize:
+        raise ValueError(f"{tensor.num_bytes} bytes are no {dtype} of shape {list(tensor.shape)}")
+    array = np.frombuffer(tensor.message, dtype, size, tensor.start).reshape(tensor.shape)
+    return array if array.flags.aligned else array.copy()
 
 
 def _is_torch(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -81,6 +81,80 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchStats:
+    """Launches of about one batch size, added up since the server's start. See StageTimes for the stages.
+
+    Attributes:
+        max_batch_size: The largest batch size (entries of a launch) counted here, a power of two; the smallest is one
+            more than half of it.
+        num_launches: Launches: runs of the backend, each for all steps that shared it.
+        num_steps: Steps that shared them.
+        num_entries: Entries of those steps.
+        num_tokens: Tokens of those entries.
+        queue_us: Microseconds that every step waited, added up.
+        copy_in_us: Of every launch.
+        kernel_us: Of every launch.
+        copy_out_us: Of every launch, until its last answer was handed over.
+    """
+
+    max_batch_size: int
+    num_launches: int
+    num_steps: int
+    num_entries: int
+    num_tokens: int
+    queue_us: int
+    copy_in_us: int
+    kernel_us: int
+    copy_out_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """A model's blocks.
+
+    Attributes:
+        num_blocks: Blocks in the pool.
+        num_free_blocks: Blocks that no session holds.
+    """
+
+    num_blocks: int
+    num_free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStats:
+    """What the server has done since its start, in totals that only grow, and what it held when it was asked.
+
+    Attributes:
+        num_steps: Steps that launches ran, messages of appends among them.
+        num_appended_tokens: Tokens stored, once for each layer.
+        launches: Launches by batch size, ascending; sizes that never ran are left out.
+        received_bytes: Bytes of the messages that the server received.
+        sent_bytes: Bytes of the messages that it sent.
+        refusals: Refused calls, steps and entries, by reason; reasons that never came up are left out.
+        num_queued: Steps, truncates and closes that waited for their turn.
+        max_queued_steps: How many may be queued before a step is refused with QueueFull.
+        num_sessions: Open sessions.
+        num_streams: Open streams.
+        max_streams: Streams that may be open.
+        pools: Blocks by model, in the order of the server's configuration.
+    """
+
+    num_steps: int
+    num_appended_tokens: int
+    launches: tuple[LaunchStats, ...]
+    received_bytes: int
+    sent_bytes: int
+    refusals: Mapping[str, int]
+    num_queued: int
+    max_queued_steps: int
+    num_sessions: int
+    num_streams: int
+    max_streams: int
+    pools: Mapping[str, PoolStats]
+
+
+@dataclass(frozen=True, slots=True)
 class SessionState:
     """A session as the server reported it.
 
@@ -124,12 +198,58 @@ class StepOptions(TypedDict, total=False):
         causal: Whether token i attends up to position start_pos + i (default); False, without k and v only: every query
             attends to all that is cached.
         return_lse: Whether the result carries the log-sum-exp; False by default.
+        stage_times: Whether the result says what the step cost on the server; False by default.
         timeout: Seconds from submit to result, positive and finite; None = Timeout.step_s (default).
     """
 
     causal: bool
     return_lse: bool
+    stage_times: bool
     timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """What one step cost on the server, in microseconds.
+
+    The stages follow each other without a gap: their sum is the time from when the server read the step to when its
+    answer was there. What is left of the time from submit to result is the wire's and the client's. Steps that shared a
+    launch, one run of the server's backend, have copy_in_us and kernel_us in common.
+
+    Attributes:
+        queue_us: From when the server read the step until its launch was begun: checks, and the launches before.
+        batch_size: Entries that shared the launch, of this step and of others, refused ones included.
+        batch_tokens: Tokens of those entries.
+        copy_in_us: Admitting the entries, laying the launch out, and joining the tensors of its steps.
+        kernel_us: In the backend, copies to and from a device of its own included.
+        copy_out_us: From there until the step's answer was cut out, after those of the steps before it in the launch.
+    """
+
+    queue_us: int
+    batch_size: int
+    batch_tokens: int
+    copy_in_us: int
+    kernel_us: int
+    copy_out_us: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One step as a task of Client.pipeline yields it: what decode_batch takes.
+
+    Attributes:
+        entries: What the rows of q, k and v belong to, one after the other.
+        q: [total_tokens, num_q_heads, head_dim] float16, bfloat16 or float32, numpy or torch.
+        k: [total_tokens, num_kv_heads, head_dim] of q's dtype, to be appended; None = only read.
+        v: As k.
+        options: See StepOptions.
+    """
+
+    entries: Sequence[Entry]
+    q: Any
+    k: Any | None = None
+    v: Any | None = None
+    options: StepOptions = field(default_factory=StepOptions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,10 +260,12 @@ class DecodeResult:
         out: [num_tokens, num_q_heads, head_dim] attention output, q's dtype and kind. A numpy array is read-only.
         lse: [num_tokens, num_q_heads] float32 natural-log sum of exponentials of the attended scores, attention sinks
             excluded; None when it was not asked for.
+        stage_times: What the step cost on the server; None when it was not asked for, or when no launch ran the step.
     """
 
     out: Any
     lse: Any | None
+    stage_times: StageTimes | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,12 +278,14 @@ class BatchResult:
         lse: [total_tokens, num_q_heads] float32, or None when it was not asked for.
         errors: Refused entries, by entry index.
         slices: Rows of each entry, so that out[slices[i]] is entry i's.
+        stage_times: What the step cost on the server; None when it was not asked for, or when no launch ran the step.
     """
 
     out: Any
     lse: Any | None
     errors: Mapping[int, RefusedError]
     slices: tuple[slice, ...]
+    stage_times: StageTimes | None = None
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -176,7 +300,8 @@ class BatchResult:
         error = self.errors.get(entry_idx % len(self.slices))
         if error is not None:
             raise error
-        return DecodeResult(self.out[rows], None if self.lse is None else self.lse[rows])
+        lse = None if self.lse is None else self.lse[rows]
+        return DecodeResult(self.out[rows], lse, self.stage_times)
 
     def raise_for_errors(self) -> BatchResult:
         """Raise the first refused entry's error; return self when there is none."""

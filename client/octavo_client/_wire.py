@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import struct
+from collections import deque
 from collections.abc import Sequence
 from operator import index
 from types import MappingProxyType
@@ -10,7 +13,15 @@ from types import MappingProxyType
 import numpy as np
 
 from octavo.v1 import octavo_pb2 as pb
-from octavo_client._types import Model, ServerInfo, SessionState
+from octavo_client._types import (
+    LaunchStats,
+    Model,
+    PoolStats,
+    ServerInfo,
+    ServerStats,
+    SessionState,
+    StageTimes,
+)
 
 _MAX_POSITION = 2**32 - 1
 """What the wire's fields hold."""
@@ -35,9 +46,23 @@ def check_span(name: str, start_pos: int, num_tokens: int = 0) -> None:
         )
 
 
+_KEYS_AT_ONCE = 64
+
+_keys: deque[int] = deque()
+"""Drawn ahead: asking the system takes as long for 64 as for one, and longer than all else of a step's message."""
+
+# Two processes with the same keys would take each other's appends for replays of their own.
+os.register_at_fork(after_in_child=_keys.clear)
+
+
 def random_key() -> int:
     """Return a random step key, never 0, which would mean none."""
-    return secrets.randbits(64) or 1
+    try:
+        return _keys.pop() or 1
+    except IndexError:
+        drawn = secrets.token_bytes(_KEYS_AT_ONCE * 8)
+        _keys.extend(struct.unpack(f"{_KEYS_AT_ONCE}Q", drawn))
+        return _keys.pop() or 1
 
 
 def open_request(model: str) -> pb.OpenSessionRequest:
@@ -76,6 +101,27 @@ def read_server_info(response: pb.ServerInfoResponse) -> ServerInfo:
     )
 
 
+def read_server_stats(response: pb.ServerStatsResponse) -> ServerStats:
+    """Return what the server has done and holds."""
+    pools = {
+        pool.model: PoolStats(pool.num_blocks, pool.num_free_blocks) for pool in response.pools
+    }
+    return ServerStats(
+        num_steps=response.num_steps,
+        num_appended_tokens=response.num_appended_tokens,
+        launches=tuple(map(_read_launches, response.launches)),
+        received_bytes=response.received_bytes,
+        sent_bytes=response.sent_bytes,
+        refusals=MappingProxyType(dict(sorted(response.refusals.items()))),
+        num_queued=response.num_queued,
+        max_queued_steps=response.max_queued_steps,
+        num_sessions=response.num_sessions,
+        num_streams=response.num_streams,
+        max_streams=response.max_streams,
+        pools=MappingProxyType(pools),
+    )
+
+
 def read_session(session: pb.Session) -> SessionState:
     """Return a session as the server reported it."""
     return SessionState(
@@ -84,6 +130,35 @@ def read_session(session: pb.Session) -> SessionState:
         model=session.model,
         lengths=tuple(session.lengths),
         num_blocks=session.num_blocks,
+    )
+
+
+def read_stage_times(result: pb.StepResult) -> StageTimes | None:
+    """Return what a step cost, where its result says so."""
+    if not result.HasField("stage_times"):
+        return None
+    times = result.stage_times
+    return StageTimes(
+        queue_us=times.queue_us,
+        batch_size=times.batch_size,
+        batch_tokens=times.batch_tokens,
+        copy_in_us=times.copy_in_us,
+        kernel_us=times.kernel_us,
+        copy_out_us=times.copy_out_us,
+    )
+
+
+def _read_launches(launches: pb.LaunchStats) -> LaunchStats:
+    return LaunchStats(
+        max_batch_size=launches.max_batch_size,
+        num_launches=launches.num_launches,
+        num_steps=launches.num_steps,
+        num_entries=launches.num_entries,
+        num_tokens=launches.num_tokens,
+        queue_us=launches.queue_us,
+        copy_in_us=launches.copy_in_us,
+        kernel_us=launches.kernel_us,
+        copy_out_us=launches.copy_out_us,
     )
 
 

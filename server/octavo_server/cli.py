@@ -101,7 +101,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _key_help(key: Key) -> str:
-    fallback = "" if key.default is None else f"; default {key.kind.show(key.default)}"
+    fallback = "" if key.default in (None, "") else f"; default {key.kind.show(key.default)}"
     if key.is_required:
         fallback = "; required"
     return f"{key.help} Accepts {key.kind.expected}{fallback}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -11,19 +12,51 @@ from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from octavo import v1
+from octavo.v1.tensor_fields import (
+    WORTH_CUTTING_BYTES,
+    TensorField,
+    cut_tensors,
+    encode_field,
+    encode_tensors,
+    only_field,
+    tensor_of,
+)
 from octavo_server.backends.base import HostArray
-from octavo_server.engine import ModelPool, SessionState
 from octavo_server.errors import Reason, mismatch
+from octavo_server.model_pool import ModelPool
+from octavo_server.session import SessionState
+from octavo_server.shared_memory import (
+    IN_RESULT,
+    AnswerPlace,
+    Extent,
+    Region,
+    answer_place,
+    no_region,
+)
+from octavo_server.stats import ServerStats
 from octavo_server.status import to_status
 from octavo_server.step import StepAnswer, StepRequest
 
-DTYPES: dict[v1.DataType, np.dtype[Any]] = {
+DTYPES: dict[int, np.dtype[Any]] = {
     v1.DATA_TYPE_FLOAT16: np.dtype(np.float16),
     v1.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
     v1.DATA_TYPE_FLOAT32: np.dtype(np.float32),
 }
 _NUM_AXES = 3
+_REGION_TAG = bytes([v1.DecodeRequest.REGION_FIELD_NUMBER << 3 | 2])
+"""How a DecodeRequest begins that asks for a region: the field's number, and that it has a length."""
+
 _WIRE_DTYPES = {dtype: wire for wire, dtype in DTYPES.items()}
+_STEP_FIELDS = (
+    ("q", v1.Step.Q_FIELD_NUMBER),
+    ("k", v1.Step.K_FIELD_NUMBER),
+    ("v", v1.Step.V_FIELD_NUMBER),
+)
+_STEP_TENSORS = frozenset(number for _, number in _STEP_FIELDS)
+_APPEND_TENSORS = frozenset([v1.AppendRequest.K_FIELD_NUMBER, v1.AppendRequest.V_FIELD_NUMBER])
+
+Tensors = Mapping[int, TensorField]
+"""Tensors of a message by field number."""
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
@@ -41,8 +74,50 @@ def parse(message_type: type[AnyMessage], data: bytes) -> AnyMessage:
         raise mismatch(Reason.MALFORMED_MESSAGE, "message", expected, actual) from None
 
 
-def read_tensor(field: str, tensor: v1.Tensor) -> HostArray:
-    """Return a tensor as a read-only array of 3 axes, over the one copy of its bytes that protobuf makes.
+def asks_for_region(data: bytes) -> bool:
+    """Whether a DecodeRequest asks for a region, rather than bringing a step.
+
+    Raises:
+        OctavoError: MALFORMED_MESSAGE.
+    """
+    return data[:1] == _REGION_TAG and parse(v1.DecodeRequest, data).HasField("region")
+
+
+def parse_step(data: bytes) -> tuple[v1.Step, Tensors]:
+    """Parse the step of a DecodeRequest.
+
+    Returns:
+        The step, and its tensors by field number, which its fields may lack.
+
+    Raises:
+        OctavoError: MALFORMED_MESSAGE.
+    """
+    if len(data) < WORTH_CUTTING_BYTES:
+        return _parse_whole_step(data)
+    try:
+        span = only_field(data, v1.DecodeRequest.STEP_FIELD_NUMBER)
+        rest, tensors = cut_tensors(data, _STEP_TENSORS, span)
+        return v1.Step.FromString(rest), tensors
+    except (ValueError, DecodeError):
+        return _parse_whole_step(data)
+
+
+def _parse_whole_step(data: bytes) -> tuple[v1.Step, Tensors]:
+    step = parse(v1.DecodeRequest, data).step
+    return step, step_tensors(step)
+
+
+def step_tensors(step: v1.Step) -> Tensors:
+    """Return the tensors of a step that protobuf parsed, by field number."""
+    return {
+        number: tensor_of(getattr(step, name))
+        for name, number in _STEP_FIELDS
+        if step.HasField(name)
+    }
+
+
+def read_tensor(field: str, tensor: TensorField, region: Region | None = None) -> HostArray:
+    """Return a tensor as an array of 3 axes: over the message's bytes; a copy if those are not aligned, or in a region.
 
     Raises:
         OctavoError: BAD_TENSOR.
@@ -51,80 +126,147 @@ def read_tensor(field: str, tensor: v1.Tensor) -> HostArray:
     if dtype is None:
         expected = "one of " + ", ".join(v1.DataType.Name(known) for known in DTYPES)
         raise mismatch(Reason.BAD_TENSOR, f"{field}.dtype", expected, tensor.dtype)
-    shape = tuple(tensor.shape[:_NUM_AXES])
-    if len(tensor.shape) != _NUM_AXES or 0 in shape:
+    shape = tensor.shape
+    if len(shape) != _NUM_AXES or 0 in shape:
         expected = "[num_tokens, num_heads, head_dim], each at least 1"
-        actual = f"{len(tensor.shape)} axes, the first {list(shape)}"
+        actual = f"{len(shape)} axes, the first {list(shape[:_NUM_AXES])}"
         raise mismatch(Reason.BAD_TENSOR, f"{field}.shape", expected, actual)
-    data = tensor.data  # each access copies
-    expected_bytes = math.prod(shape) * dtype.itemsize
-    if len(data) != expected_bytes:
-        expected = f"{expected_bytes} bytes for {dtype} of shape {list(shape)}"
-        raise mismatch(Reason.BAD_TENSOR, f"{field}.data", expected, f"{len(data)} bytes")
-    return np.frombuffer(data, dtype).reshape(shape)
+    size = math.prod(shape)
+    if tensor.region_offset is not None:
+        data = _region_data(field, tensor, size * dtype.itemsize, region)
+        placed: HostArray = data.view(dtype).reshape(shape)
+        return placed
+    if tensor.num_bytes != size * dtype.itemsize:
+        expected = f"{size * dtype.itemsize} bytes for {dtype} of shape {list(shape)}"
+        raise mismatch(Reason.BAD_TENSOR, f"{field}.data", expected, f"{tensor.num_bytes} bytes")
+    array = np.frombuffer(tensor.message, dtype, size, tensor.start).reshape(shape)
+    return array if array.flags.aligned else array.copy()
 
 
-def write_tensor(tensor: v1.Tensor, array: NDArray[Any]) -> None:
-    """Fill in a tensor."""
-    tensor.data = array.tobytes()
-    tensor.dtype = _WIRE_DTYPES[array.dtype]
-    tensor.shape.extend(array.shape)
+def _region_data(
+    field: str, tensor: TensorField, num_bytes: int, region: Region | None
+) -> NDArray[np.uint8]:
+    assert tensor.region_offset is not None
+    if region is None:
+        raise no_region(field, tensor.region_offset)
+    if tensor.num_bytes:
+        actual = f"{tensor.num_bytes} bytes"
+        raise mismatch(Reason.BAD_TENSOR, f"{field}.data", "empty beside region_offset", actual)
+    return region.read(Extent(field, tensor.region_offset, num_bytes))
 
 
-def read_step(step: v1.Step) -> StepRequest:
-    """Return the request that a Step asks for.
-
-    Raises:
-        OctavoError: BAD_TENSOR, or SHAPE_MISMATCH when q is missing.
-    """
-    if not step.HasField("q") and step.session_handles:
-        raise mismatch(
-            Reason.SHAPE_MISMATCH, "q", "[total_tokens, num_q_heads, head_dim]", "nothing"
-        )
-    tensors = {
-        name: read_tensor(name, getattr(step, name)) for name in "qkv" if step.HasField(name)
-    }
-    return StepRequest(
-        handles=step.session_handles,
-        layers=step.layers,
-        start_pos=step.start_pos,
-        num_tokens=step.num_tokens,
-        step_key=step.step_key,
-        timeout_ms=step.timeout_ms,
-        return_lse=step.return_lse,
-        is_causal=step.causal if step.HasField("causal") else True,
-        **tensors,
-    )
-
-
-def read_append(message: v1.AppendRequest) -> StepRequest:
-    """Return the one-entry request without q that a message of an Append call asks for.
+def read_place(
+    step: v1.Step, tensors: Tensors, request: StepRequest, region: Region | None
+) -> AnswerPlace:
+    """Return where the answer to a step goes that was read.
 
     Raises:
         OctavoError: BAD_TENSOR.
     """
+    offsets = {
+        name: tensors[number].region_offset for name, number in _STEP_FIELDS if number in tensors
+    }
+    return answer_place(step, request.tensors, offsets, region)
+
+
+def read_step(step: v1.Step, tensors: Tensors, region: Region | None = None) -> StepRequest:
+    """Return the request that a Step asks for, on a stream that may have a region.
+
+    Args:
+        step: The step; its own tensors are not looked at.
+        tensors: Its tensors by field number.
+
+    Raises:
+        OctavoError: BAD_TENSOR, or SHAPE_MISMATCH when q is missing.
+    """
+    handles = list(step.session_handles)
+    if v1.Step.Q_FIELD_NUMBER not in tensors and handles:
+        raise mismatch(
+            Reason.SHAPE_MISMATCH, "q", "[total_tokens, num_q_heads, head_dim]", "nothing"
+        )
+    arrays = {
+        name: read_tensor(name, tensors[number], region)
+        for name, number in _STEP_FIELDS
+        if number in tensors
+    }
+    return StepRequest(
+        handles=handles,
+        layers=list(step.layers),
+        start_pos=list(step.start_pos),
+        num_tokens=list(step.num_tokens),
+        step_key=step.step_key,
+        timeout_ms=step.timeout_ms,
+        return_lse=step.return_lse,
+        is_causal=step.causal if step.HasField("causal") else True,
+        return_stage_times=step.return_stage_times,
+        **arrays,
+    )
+
+
+def read_append(data: bytes) -> StepRequest:
+    """Return the one-entry request without q that a message of an Append call asks for.
+
+    Raises:
+        OctavoError: MALFORMED_MESSAGE or BAD_TENSOR.
+    """
+    try:
+        rest, tensors = cut_tensors(data, _APPEND_TENSORS)
+        message = v1.AppendRequest.FromString(rest)
+    except (ValueError, DecodeError):
+        message = parse(v1.AppendRequest, data)
+        tensors = {}
+    k = tensors.get(v1.AppendRequest.K_FIELD_NUMBER) or tensor_of(message.k)
+    v = tensors.get(v1.AppendRequest.V_FIELD_NUMBER) or tensor_of(message.v)
     return StepRequest(
         handles=[message.session_handle],
         layers=[message.layer],
         start_pos=[message.start_pos],
         num_tokens=[message.num_tokens],
         step_key=message.step_key,
-        k=read_tensor("k", message.k),
-        v=read_tensor("v", message.v),
+        k=read_tensor("k", k),
+        v=read_tensor("v", v),
     )
 
 
-def write_answer(result: v1.StepResult, step_id: int, answer: StepAnswer) -> None:
-    """Fill in the result of a step."""
-    result.step_id = step_id
+def encode_region(response: v1.RegionResponse) -> bytes:
+    """Return the DecodeResponse that answers the request for a region."""
+    return v1.DecodeResponse(region=response).SerializeToString()
+
+
+def encode_response(step_id: int, answer: StepAnswer, place: AnswerPlace = IN_RESULT) -> bytes:
+    """Return the DecodeResponse that answers a step; its tensors go where the client asked for them."""
+    parts = _result_parts(step_id, answer, place)
+    return b"".join(encode_field(v1.DecodeResponse.RESULT_FIELD_NUMBER, parts))
+
+
+def write_result(step_id: int, answer: StepAnswer) -> v1.StepResult:
+    """Return the result of a step as a message."""
+    return v1.StepResult.FromString(b"".join(_result_parts(step_id, answer, IN_RESULT)))
+
+
+def _result_parts(step_id: int, answer: StepAnswer, place: AnswerPlace) -> list[bytes | memoryview]:
+    head = v1.StepResult(step_id=step_id)
     if answer.error is not None:
-        result.error.CopyFrom(to_status(answer.error))
-    if answer.out is not None:
-        write_tensor(result.out, answer.out)
-    if answer.lse is not None:
-        write_tensor(result.lse, answer.lse)
+        head.error.CopyFrom(to_status(answer.error))
     for entry_idx, error in sorted(answer.entry_errors.items()):
-        result.entry_errors.add(entry_idx=entry_idx, error=to_status(error))
+        head.entry_errors.add(entry_idx=entry_idx, error=to_status(error))
+    if answer.stage_times is not None:
+        head.stage_times.CopyFrom(v1.StageTimes(**answer.stage_times._asdict()))
+    arrays = {}
+    for name, number, array in (
+        ("out", v1.StepResult.OUT_FIELD_NUMBER, answer.out),
+        ("lse", v1.StepResult.LSE_FIELD_NUMBER, answer.lse),
+    ):
+        if array is None:
+            continue
+        offset = place.write(name, array)
+        if offset is None:
+            arrays[number] = array
+        else:
+            tensor = getattr(head, name)
+            tensor.dtype, tensor.region_offset = _WIRE_DTYPES[array.dtype], offset
+            tensor.shape.extend(array.shape)
+    return [head.SerializeToString(), *encode_tensors(arrays, _WIRE_DTYPES)]
 
 
 def write_session(state: SessionState) -> v1.Session:
@@ -156,4 +298,23 @@ def write_model(pool: ModelPool) -> v1.Model:
         soft_cap=spec.soft_cap,
         sinks=[] if spec.sinks is None else spec.sinks.ravel().tolist(),
         deterministic=spec.deterministic,
+    )
+
+
+def write_stats(stats: ServerStats) -> v1.ServerStatsResponse:
+    """Return a server's totals as a message."""
+    engine = stats.engine
+    return v1.ServerStatsResponse(
+        num_steps=engine.num_steps,
+        num_appended_tokens=engine.num_appended_tokens,
+        launches=[v1.LaunchStats(**launch._asdict()) for launch in engine.launches],
+        received_bytes=stats.received_bytes,
+        sent_bytes=stats.sent_bytes,
+        refusals=stats.refusals,
+        num_queued=engine.num_queued,
+        max_queued_steps=engine.max_queued_steps,
+        num_sessions=engine.num_sessions,
+        num_streams=stats.num_streams,
+        max_streams=stats.max_streams,
+        pools=[v1.PoolStats(**pool._asdict()) for pool in engine.pools],
     )

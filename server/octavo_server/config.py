@@ -51,6 +51,9 @@ T = TypeVar("T")
 
 MAX_TOKENS = 2**30
 """Most tokens of a context or a window, so that positions stay within int32."""
+NO_HOST = "none"
+"""The host of a server that listens on its Unix socket alone."""
+
 _MAX_HEADS = 1024
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _BACKENDS = ("auto", "cpu", "cuda", "reference")
@@ -123,13 +126,27 @@ class ModelConfig:
     memory: MemorySize | None = None
 
 
+DEFAULT_MAX_QUEUED_STEPS = 1024
+"""Sixteen steps of each of 64 streams. Of one session of an 8B model they hold 12 MiB, of 64 sessions 0.75 GiB; in a
+longer queue they would only wait longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """What `octavo-server serve` runs: the server's keys, and its models."""
 
-    host: str = setting("127.0.0.1", text("an address", r"\S+"), "Address to listen on.")
+    host: str = setting(
+        "127.0.0.1",
+        text("an address", r"\S+"),
+        "Address to listen on; none = no port, only unix_socket.",
+    )
     port: int = setting(
         50051, integer(0, 65535), "Port to listen on; 0 takes a free one, and prints it."
+    )
+    unix_socket: str = setting(
+        "",
+        text("the path of a file, or nothing", r"[^\0]*"),
+        "Unix socket to listen on as well, as unix:PATH; only the server's user may connect.",
     )
     backend: str = setting(
         "auto", one_of(*_BACKENDS), "What runs the kernels; auto takes the fastest that works here."
@@ -143,9 +160,20 @@ class ServerConfig:
     max_steps_in_flight: int = setting(
         32, integer(1, 4096), "Steps of one stream that are worked on before more are read."
     )
+    max_queued_steps: int = setting(
+        DEFAULT_MAX_QUEUED_STEPS,
+        integer(1, 2**20),
+        "Most steps that wait for their launch; one more is refused.",
+    )
     max_unary_calls: int = setting(64, integer(1, 1024), "Most unary calls at a time.")
     max_message_bytes: int = setting(
         64 * 2**20, byte_size(64 * 2**10, 2047 * 2**20), "Largest message that a client may send."
+    )
+    shared_memory: bool = setting(
+        False, boolean(), "Share memory with clients on this machine that ask for it."
+    )
+    shared_memory_bytes: int = setting(
+        32 * 2**20, byte_size(2**20, 2**32), "Memory shared with each stream that asks for it."
     )
     drain_timeout_s: float = setting(
         30.0, number(0, 3600), "Seconds that accepted work has to finish after SIGTERM."
@@ -233,6 +261,9 @@ def load_config(
     server: dict[str, Any] = {}
     for source in sources:
         server |= _parse(source.server, ServerConfig, report).values
+    if server.get("host") == NO_HOST and not server.get("unix_socket"):
+        where = next(s.server.entries["host"].where for s in sources if "host" in s.server.entries)
+        report.add(where, f"host: got {NO_HOST!r} without a unix_socket; expected an address")
     parsed = [_parse_models(source, report) for source in sources]
     served = next((models for models in reversed(parsed) if models), [])
     if not served and not report.mistakes:

@@ -33,6 +33,7 @@ class Reason(StrEnum):
     NON_FINITE = "NON_FINITE"
     SCALE_OVERFLOW = "SCALE_OVERFLOW"
     STEP_EXPIRED = "STEP_EXPIRED"
+    SHARED_MEMORY_UNAVAILABLE = "SHARED_MEMORY_UNAVAILABLE"
     DRAINING = "DRAINING"
     DEVICE_FAILURE = "DEVICE_FAILURE"
 
@@ -77,6 +78,7 @@ REASONS: dict[Reason, ReasonSpec] = {
     Reason.NON_FINITE: _OFFENCE,
     Reason.SCALE_OVERFLOW: _OFFENCE,
     Reason.STEP_EXPIRED: ReasonSpec("DEADLINE_EXCEEDED", ("timeout_ms",)),
+    Reason.SHARED_MEMORY_UNAVAILABLE: ReasonSpec("FAILED_PRECONDITION", ("cause",)),
     Reason.DRAINING: ReasonSpec("UNAVAILABLE", is_retryable=True),
     Reason.DEVICE_FAILURE: ReasonSpec("INTERNAL"),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,13 @@ from octavo_server.backends.base import (
 )
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.session import Admission, AppendRecord, Session
+from octavo_server.stats import LaunchTimes
 from octavo_server.step import StepAnswer, StepRequest
 
-NO_BLOCK = -1
 NO_SLOT = -1
+_NO_BLOCK_BYTE = b"\xff"
+"""Four of them are block id -1."""
+
 _REFUSED = Admission(kv_len=0)
 _NO_TABLE: array[int] = array("i")
 
@@ -51,16 +56,21 @@ class LaunchEntry:
     admission: Admission = _REFUSED
     error: OctavoError | None = None
 
-    def settle(self, offence: Offence | None) -> None:
-        """Confirm or refuse what was admitted, by what the backend found in the entry's rows."""
+    def settle(self, offence: Offence | None) -> int:
+        """Confirm or refuse what was admitted, by what the backend found in the entry's rows.
+
+        Returns:
+            Tokens that are stored by it.
+        """
         if self.error is None and offence is not None:
             self.error = _offence_error(offence)
         if self.session is None or not self.admission.is_append:
-            return
+            return 0
         if self.error is None:
             self.session.confirm(self.layer)
-        else:
-            self.session.refuse(self.layer)
+            return self.num_tokens
+        self.session.refuse(self.layer)
+        return 0
 
 
 def admit_step(request: StepRequest, sessions: Sequence[Session | None]) -> list[LaunchEntry]:
@@ -70,26 +80,29 @@ def admit_step(request: StepRequest, sessions: Sequence[Session | None]) -> list
         request: The step.
         sessions: [num_entries] session of each handle, None where there is none.
     """
-    return [_admit_entry(request, session, entry_idx) for entry_idx, session in enumerate(sessions)]
+    entries = [
+        LaunchEntry(session, layer, start_pos, num_tokens, request.is_causal)
+        for session, layer, start_pos, num_tokens in zip(
+            sessions, request.layers, request.start_pos, request.num_tokens, strict=True
+        )
+    ]
+    for entry_idx, entry in enumerate(entries):
+        try:
+            entry.admission = _admit(request, entry, entry_idx)
+        except OctavoError as error:
+            entry.error = error
+    return entries
 
 
-def _admit_entry(request: StepRequest, session: Session | None, entry_idx: int) -> LaunchEntry:
-    layer, start_pos = request.layers[entry_idx], request.start_pos[entry_idx]
-    num_tokens = request.num_tokens[entry_idx]
-    entry = LaunchEntry(session, layer, start_pos, num_tokens, request.is_causal)
-    try:
-        if session is None:
-            raise errors.session_not_found(str(request.handles[entry_idx]))
-        if request.k is None:
-            entry.admission = session.admit_attend(
-                layer, start_pos, num_tokens, is_causal=request.is_causal
-            )
-        else:
-            record = AppendRecord(start_pos, num_tokens, request.step_key)
-            entry.admission = session.admit_append(layer, record)
-    except OctavoError as error:
-        entry.error = error
-    return entry
+def _admit(request: StepRequest, entry: LaunchEntry, entry_idx: int) -> Admission:
+    if entry.session is None:
+        raise errors.session_not_found(str(request.handles[entry_idx]))
+    if request.k is None:
+        return entry.session.admit_attend(
+            entry.layer, entry.start_pos, entry.num_tokens, is_causal=entry.is_causal
+        )
+    record = AppendRecord(entry.start_pos, entry.num_tokens, request.step_key)
+    return entry.session.admit_append(entry.layer, record)
 
 
 NOTHING_RAN = StepOutput(None, None, np.empty(0, np.int64))
@@ -102,26 +115,40 @@ def run_launch(
     requests: Sequence[StepRequest],
     entries: Sequence[LaunchEntry],
     batch: RaggedBatch,
+    times: LaunchTimes,
 ) -> StepOutput:
-    """Run a batch on the backend: copy shared blocks, append, attend; each only where it has a use."""
+    """Run a batch on the backend: copy shared blocks, append, attend; each only where it has a use.
+
+    Notes in `times` when the backend was called and when it returned.
+    """
     copies = [copy for entry in entries for copy in entry.admission.copies]
     if copies:
         backend.copy_blocks(cache, copies)
-    q = None if all(entry.error for entry in entries) else _joined(requests, "q")
+    q = (
+        None
+        if all(entry.error for entry in entries)
+        else _joined([request.q for request in requests])
+    )
     kv = None
     if any(entry.admission.is_append for entry in entries):
-        k, v = _joined(requests, "k"), _joined(requests, "v")
+        k = _joined([request.k for request in requests])
+        v = _joined([request.v for request in requests])
         assert k is not None
         assert v is not None, "a step that appends has both"
         kv = k, v
     return_lse = any(request.return_lse for request in requests)
-    return backend.step(cache, batch, q, kv, return_lse=return_lse)
+    times.staged_at = time.monotonic()
+    outcome = backend.step(cache, batch, q, kv, return_lse=return_lse)
+    times.ran_at = time.monotonic()
+    return outcome
 
 
-def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> None:
-    """Confirm or refuse every entry."""
+def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> int:
+    """Confirm or refuse every entry; return the tokens that are stored by it."""
+    num_stored = 0
     for entry, code in zip(entries, outcome.offences.tolist(), strict=True):
-        entry.settle(Offence.unpack(code))
+        num_stored += entry.settle(Offence.unpack(code))
+    return num_stored
 
 
 def answer_step(
@@ -152,65 +179,78 @@ def _clear_refused(rows: NDArray[Any] | None, entries: Sequence[LaunchEntry]) ->
 
 def build_batch(entries: Sequence[LaunchEntry], block_size: int) -> RaggedBatch:
     """Lay entries out as arrays and compute their slots on the host."""
-    admitted = [entry.admission.kv_len > 0 for entry in entries]
-    # Only a causal entry's position means anything; any other may be out of range.
-    start_pos = np.array(
-        [
-            entry.start_pos if ok and entry.is_causal else 0
-            for entry, ok in zip(entries, admitted, strict=True)
-        ],
-        np.int32,
-    )
-    token_starts = np.zeros(len(entries) + 1, np.int32)
-    np.cumsum([entry.num_tokens for entry in entries], out=token_starts[1:])
-    block_tables = pad_block_tables([_block_table(entry) for entry in entries])
-    is_append = np.array([entry.admission.is_append for entry in entries], np.bool_)
+    num_entries = len(entries)
+    # The layer and position of a refused entry, and the position of one that is not causal, may be out of range.
+    layers = [entry.layer if entry.admission.kv_len else 0 for entry in entries]
+    start_pos = [
+        entry.start_pos if entry.admission.kv_len and entry.is_causal else 0 for entry in entries
+    ]
+    kv_lens = [entry.admission.kv_len for entry in entries]
+    token_starts = list(accumulate([entry.num_tokens for entry in entries], initial=0))
+    is_append = [entry.admission.is_append for entry in entries]
+    tables = [_block_table(entry) for entry in entries]
+    map_rows = _map_tokens if token_starts[-1] == num_entries else map_slots
+    # One array and views of it: for a few entries it is making arrays that takes the time.
+    numbers = np.array([*layers, *start_pos, *kv_lens, *token_starts], np.int32)
     return RaggedBatch(
-        layers=np.array(
-            [entry.layer if ok else 0 for entry, ok in zip(entries, admitted, strict=True)],
-            np.int32,
-        ),
-        start_pos=start_pos,
-        token_starts=token_starts,
-        kv_lens=np.array([entry.admission.kv_len for entry in entries], np.int32),
+        layers=numbers[:num_entries],
+        start_pos=numbers[num_entries : 2 * num_entries],
+        token_starts=numbers[3 * num_entries :],
+        kv_lens=numbers[2 * num_entries : 3 * num_entries],
         is_causal=np.array([entry.is_causal for entry in entries], np.bool_),
-        block_tables=block_tables,
-        slot_mapping=map_slots(block_tables, start_pos, token_starts, is_append, block_size),
+        block_tables=pad_block_tables(tables),
+        slot_mapping=map_rows(tables, start_pos, token_starts, is_append, block_size),
     )
 
 
 def pad_block_tables(tables: Sequence[array[int]]) -> NDArray[np.int32]:
-    """Return [num_entries, max_num_blocks] int32 block ids, padded with -1."""
-    padded = np.full((len(tables), max(map(len, tables), default=0)), NO_BLOCK, np.int32)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
-    return padded
+    """Return [num_entries, max_num_blocks] int32 block ids, padded with -1; read-only."""
+    width = max(map(len, tables), default=0)
+    num_bytes = width * np.dtype(np.int32).itemsize
+    rows = b"".join([table.tobytes().ljust(num_bytes, _NO_BLOCK_BYTE) for table in tables])
+    return np.frombuffer(rows, np.int32).reshape(len(tables), width)
+
+
+def _map_tokens(
+    tables: Sequence[array[int]],
+    start_pos: Sequence[int],
+    _token_starts: Sequence[int],
+    is_append: Sequence[bool],
+    block_size: int,
+) -> NDArray[np.int64]:
+    """Return `map_slots` of entries of one token each, for which lists are faster than arrays."""
+    slots = [
+        table[position // block_size] * block_size + position % block_size if stores else NO_SLOT
+        for table, position, stores in zip(tables, start_pos, is_append, strict=True)
+    ]
+    return np.array(slots, np.int64)
 
 
 def map_slots(
-    block_tables: NDArray[np.int32],
-    start_pos: NDArray[np.int32],
-    token_starts: NDArray[np.int32],
-    is_append: NDArray[np.bool_],
+    tables: Sequence[array[int]],
+    start_pos: Sequence[int],
+    token_starts: Sequence[int],
+    is_append: Sequence[bool],
     block_size: int,
 ) -> NDArray[np.int64]:
     """Return [total_tokens] int64 slots, `block_id * block_size + offset`, -1 for entries that store nothing."""
     slots = np.full(token_starts[-1], NO_SLOT, np.int64)
-    entry_idx = np.repeat(np.arange(len(start_pos)), np.diff(token_starts))
-    rows = np.flatnonzero(is_append[entry_idx])
-    entry_idx = entry_idx[rows]
-    positions = start_pos[entry_idx] + (rows - token_starts[entry_idx])
-    block_ids = block_tables[entry_idx, positions // block_size].astype(np.int64)
-    slots[rows] = block_ids * block_size + positions % block_size
+    for entry_idx, stores in enumerate(is_append):
+        if stores:
+            first_row, end_row = token_starts[entry_idx : entry_idx + 2]
+            start = start_pos[entry_idx]
+            positions = np.arange(start, start + end_row - first_row)
+            block_ids = np.array(tables[entry_idx], np.int64)[positions // block_size]
+            slots[first_row:end_row] = block_ids * block_size + positions % block_size
     return slots
 
 
-def _joined(requests: Sequence[StepRequest], name: str) -> HostArray | None:
+def _joined(tensors: Sequence[HostArray | None]) -> HostArray | None:
     """Join the steps' tensors on the token axis; all have it or none does. That of one step is not copied."""
-    tensors = [request.tensors[name] for request in requests if name in request.tensors]
-    if len(tensors) <= 1:
-        return tensors[0] if tensors else None
-    return np.concatenate(tensors)
+    given = [tensor for tensor in tensors if tensor is not None]
+    if len(given) <= 1:
+        return given[0] if given else None
+    return np.concatenate(given)
 
 
 def _block_table(entry: LaunchEntry) -> array[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -20,9 +21,10 @@ from octavo_server import codec, errors
 from octavo_server.backends.base import Backend, UnsupportedError, alloc_paged_int8_cache
 from octavo_server.backends.registry import create_backend
 from octavo_server.block_pool import BlockPool
-from octavo_server.config import ModelConfig, ServerConfig
-from octavo_server.engine import Engine, ModelPool
+from octavo_server.config import NO_HOST, ModelConfig, ServerConfig
+from octavo_server.engine import Engine
 from octavo_server.model import ModelSpec
+from octavo_server.model_pool import ModelPool
 from octavo_server.request_reader import RequestReader
 from octavo_server.service import (
     SERVICE_NAME,
@@ -31,10 +33,13 @@ from octavo_server.service import (
     Limits,
     OctavoService,
     refusing,
+    responding,
     run_in,
     unary_handler,
 )
 from octavo_server.session_store import SessionStore
+from octavo_server.traffic import Traffic
+from octavo_server.unix_socket import UnixSocket
 from octavo_server.version import software_version
 
 log = logging.getLogger(__name__)
@@ -88,7 +93,7 @@ class Server:
         pools = _alloc_pools(backend, config.models)
         sessions = SessionStore(incarnation, config.max_sessions)
         self._health = health.HealthServicer()
-        self._engine = Engine(backend, pools, sessions, on_failure=self._fail)
+        self._engine = Engine(backend, pools, sessions, self._fail, config.max_queued_steps)
         identity = Identity(
             software_version(), incarnation, backend.name, backend.description, config.max_sessions
         )
@@ -100,18 +105,15 @@ class Server:
         """Listen and serve.
 
         Returns:
-            The port, which the config left open when it said 0.
+            The port, which the config left open when it said 0; 0 when the server has none.
 
         Raises:
-            UnsupportedError: The address cannot be listened on.
+            UnsupportedError: The address or the socket cannot be listened on.
         """
-        address = _join_host_port(self._config.host, self._config.port)
-        try:
-            self.port = self._grpc.add_insecure_port(address)
-        except RuntimeError:
-            raise UnsupportedError(
-                f"cannot listen on {address}: choose another host or port, or stop what listens there"
-            ) from None
+        if self._config.host != NO_HOST:
+            self.port = self._listen(_join_host_port(self._config.host, self._config.port))
+        if self._config.unix_socket:
+            UnixSocket(self._config.unix_socket).listen(self._grpc)
         self._engine.start()
         self._grpc.start()
         for name in (LIVE, *READY_SERVICES):
@@ -131,6 +133,14 @@ class Server:
         self._grpc.stop(STREAM_END_S).wait()
         self._engine.stop()
         return is_drained
+
+    def _listen(self, address: str) -> int:
+        try:
+            return self._grpc.add_insecure_port(address)
+        except RuntimeError:
+            raise UnsupportedError(
+                f"cannot listen on {address}: choose another host or port, or stop what listens there"
+            ) from None
 
     def _fail(self) -> None:
         self._set_unready()
@@ -155,10 +165,12 @@ def run(config: ServerConfig) -> int:
     server = Server(config, on_failure=alarm.ring)
     # The pools are there; from here on torch's threads would only be in the way of the backend's.
     torch.set_num_threads(1)
+    settle_memory()
     alarm.watch_signals()
     port = server.start()
-    # Scripts that start a server with --port 0 read this line.
-    print(f"listening on {_join_host_port(config.host, port)}", flush=True)
+    # Scripts that start a server with --port 0 read the first of these lines.
+    for address in _addresses(config, port):
+        print(f"listening on {address}", flush=True)
     signal_number = alarm.wait()
     if signal_number is None:
         server.stop()
@@ -172,6 +184,12 @@ def run(config: ServerConfig) -> int:
         "stopped; work was left unfinished after drain_timeout_s, %g s", config.drain_timeout_s
     )
     return 1
+
+
+def settle_memory() -> None:
+    """Keep what a process has once its server is made, all of torch, out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 class _Alarm:
@@ -262,6 +280,7 @@ def _limits(config: ServerConfig) -> Limits:
         max_silent_calls=MAX_SILENT_CALLS,
         max_steps_in_flight=config.max_steps_in_flight,
         max_message_bytes=config.max_message_bytes,
+        region_bytes=config.shared_memory_bytes if config.shared_memory else 0,
     )
 
 
@@ -295,20 +314,21 @@ def _create_grpc_server(
 def _health_handler(servicer: health.HealthServicer) -> grpc.GenericRpcHandler[Any, Any]:
     """Return health in threads of its own, whose calls must send their request like any other unary call."""
     reader = RequestReader(MAX_SILENT_CALLS)
+    # Health is no call of OctavoService: nobody asks for these counts.
+    traffic = Traffic()
     threads = ThreadPoolExecutor(
         MAX_SILENT_CALLS + HEALTH_THREADS, thread_name_prefix="octavo-health"
     )
 
     def watch(requests: Iterator[bytes], context: grpc.ServicerContext, respond: Any) -> None:
         data = reader.read(requests, context)
-        with refusing(context):
+        with refusing(context, traffic):
             servicer.Watch(codec.parse(health_pb2.HealthCheckRequest, data), context, respond)
 
+    check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, traffic, threads)
     # A watch answers from the threads that change the health, and holds none between.
-    watch.experimental_non_blocking = True  # type: ignore[attr-defined]
-    check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, threads)
     watch_handler = grpc.stream_stream_rpc_method_handler(
-        run_in(threads, watch),
+        run_in(threads, responding(watch)),
         response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(
@@ -333,6 +353,13 @@ def _reflection_handler(names: tuple[str, ...], gate: Gate) -> grpc.GenericRpcHa
     return grpc.method_handlers_generic_handler(
         reflection.SERVICE_NAME, {"ServerReflectionInfo": handler}
     )
+
+
+def _addresses(config: ServerConfig, port: int) -> Iterator[str]:
+    if config.host != NO_HOST:
+        yield _join_host_port(config.host, port)
+    if config.unix_socket:
+        yield UnixSocket(config.unix_socket).target
 
 
 def _join_host_port(host: str, port: int) -> str:

@@ -20,8 +20,11 @@ from octavo_server import codec, status
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, limit_reached, mismatch
 from octavo_server.request_reader import RequestReader
+from octavo_server.shared_memory import StreamMemory
+from octavo_server.stats import ServerStats
 from octavo_server.step import StepAnswer, StepRequest
-from octavo_server.step_stream import StepStream
+from octavo_server.step_stream import Respond, StepStream
+from octavo_server.traffic import Traffic
 
 SERVICE_NAME = v1.DESCRIPTOR.services_by_name["OctavoService"].full_name
 DEFAULT_PAGE_SIZE = 100
@@ -43,6 +46,7 @@ class Limits:
         max_silent_calls: Unary calls that have not sent their request.
         max_steps_in_flight: Unanswered steps of one Decode stream.
         max_message_bytes: Bytes of one message received.
+        region_bytes: Memory that one Decode stream may share with its client; 0 = none.
     """
 
     max_streams: int
@@ -50,30 +54,39 @@ class Limits:
     max_silent_calls: int
     max_steps_in_flight: int
     max_message_bytes: int
+    region_bytes: int = 0
 
 
 class Gate:
     """Counts what is open of something limited, and refuses the next.
 
     Args:
-        reason: Why the next is refused.
-        what: What is counted, in the plural.
+        refusal: Of the next.
         limit: Most that may be open at once.
+        traffic: Counts the refusals.
     """
 
-    def __init__(self, reason: Reason, what: str, limit: int) -> None:
-        self._refusal = limit_reached(reason, what, limit)
-        self._slots = threading.Semaphore(limit)
+    def __init__(self, refusal: OctavoError, limit: int, traffic: Traffic) -> None:
+        self.limit = limit
+        self._refusal = refusal
+        self._traffic = traffic
+        self._lock = threading.Lock()
+        self.num_open = 0
 
     @contextmanager
     def open(self, context: grpc.ServicerContext) -> Iterator[None]:
         """Hold a place while a call runs; end the call when none is left."""
-        if not self._slots.acquire(blocking=False):
+        with self._lock:
+            is_full = self.num_open == self.limit
+            self.num_open += not is_full
+        if is_full:
+            self._traffic.count_refusal(self._refusal)
             status.abort(context, self._refusal)
         try:
             yield
         finally:
-            self._slots.release()
+            with self._lock:
+                self.num_open -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +113,24 @@ class OctavoService:
         self._engine = engine
         self._identity = identity
         self._limits = limits
-        self._waiting_calls = Gate(Reason.QUEUE_FULL, "waiting unary calls", limits.max_unary_calls)
-        self.streams = Gate(Reason.STREAM_LIMIT, "streams", limits.max_streams)
+        self._traffic = Traffic()
+        self._waiting_calls = self._gate(
+            Reason.QUEUE_FULL, "waiting unary calls", limits.max_unary_calls
+        )
+        self.streams = self._gate(Reason.STREAM_LIMIT, "streams", limits.max_streams)
         self._step_streams: set[StepStream] = set()
+
+    def stats(self) -> ServerStats:
+        """Return what the server has done since its start, and what it holds now."""
+        received_bytes, sent_bytes = self._traffic.num_bytes
+        return ServerStats(
+            engine=self._engine.stats(),
+            refusals=self._traffic.refusals,
+            received_bytes=received_bytes,
+            sent_bytes=sent_bytes,
+            num_streams=self.streams.num_open,
+            max_streams=self.streams.limit,
+        )
 
     def end_streams(self, error: OctavoError) -> None:
         """End every Decode stream with an error; call it once the engine has drained."""
@@ -113,6 +141,7 @@ class OctavoService:
         """Return the calls as a handler for grpc.Server."""
         unary: dict[str, Callable[[Any, grpc.ServicerContext], Message]] = {
             "ServerInfo": self._server_info,
+            "ServerStats": self._server_stats,
             "OpenSession": self._open_session,
             "GetSession": self._get_session,
             "ListSessions": self._list_sessions,
@@ -122,11 +151,11 @@ class OctavoService:
         }
         reader = RequestReader(self._limits.max_silent_calls)
         handlers = {
-            name: unary_handler(getattr(v1, f"{name}Request"), call, reader)
+            name: unary_handler(getattr(v1, f"{name}Request"), call, reader, self._traffic)
             for name, call in unary.items()
         }
         handlers["Append"] = grpc.stream_unary_rpc_method_handler(self._append)
-        handlers["Decode"] = grpc.stream_stream_rpc_method_handler(self._decode)
+        handlers["Decode"] = grpc.stream_stream_rpc_method_handler(responding(self._decode))
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     def _server_info(
@@ -143,6 +172,11 @@ class OctavoService:
             num_sessions=self._engine.num_sessions,
             max_sessions=self._identity.max_sessions,
         )
+
+    def _server_stats(
+        self, _request: v1.ServerStatsRequest, _context: grpc.ServicerContext
+    ) -> v1.ServerStatsResponse:
+        return codec.write_stats(self.stats())
 
     def _open_session(
         self, request: v1.OpenSessionRequest, _context: grpc.ServicerContext
@@ -196,32 +230,62 @@ class OctavoService:
         self, request: v1.DecodeOnceRequest, context: grpc.ServicerContext
     ) -> v1.DecodeOnceResponse:
         with self._waiting_calls.open(context):
-            answer = self._run_step(codec.read_step(request.step), _Caller(context))
-        response = v1.DecodeOnceResponse()
-        codec.write_answer(response.result, request.step.step_id, answer)
-        return response
+            step = request.step
+            step_request = codec.read_step(step, codec.step_tensors(step))
+            answer = self._run_step(step_request, _Caller(context))
+            self._count_refusals(answer)
+        return v1.DecodeOnceResponse(result=codec.write_result(step.step_id, answer))
 
     def _append(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         stored = v1.AppendResponse()
-        with self.streams.open(context), refusing(context, stored):
+        with (
+            self.streams.open(context),
+            self._traffic.stream() as traffic,
+            refusing(context, self._traffic, stored),
+        ):
             caller = _Caller(context)
-            for data in requests:
-                message = codec.parse(v1.AppendRequest, data)
-                answer = self._run_step(codec.read_append(message), caller)
+            for data in traffic.receiving(requests):
+                request = codec.read_append(data)
+                answer = self._run_step(request, caller)
                 for error in answer.entry_errors.values():
                     raise error
                 stored.num_messages += 1
-                self._write_session(stored.session, message.session_handle)
-        return stored.SerializeToString()
+                self._write_session(stored.session, request.handles[0])
+            response = stored.SerializeToString()
+            traffic.sent_bytes += len(response)
+        return response
 
-    def _decode(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        stream = StepStream(self._engine, requests, context, self._limits.max_steps_in_flight)
-        with self.streams.open(context):
+    def _decode(
+        self, requests: Iterator[bytes], context: grpc.ServicerContext, respond: Respond
+    ) -> None:
+        with (
+            self.streams.open(context),
+            self._traffic.stream() as traffic,
+            StreamMemory(self._limits.region_bytes) as memory,
+        ):
+            stream = StepStream(
+                self._engine,
+                traffic.receiving(requests),
+                context,
+                traffic.responding(respond),
+                self._limits.max_steps_in_flight,
+                self._count_refusals,
+                memory,
+            )
             self._step_streams.add(stream)
             try:
-                yield from stream.run()
+                stream.run()
             finally:
                 self._step_streams.discard(stream)
+
+    def _gate(self, reason: Reason, what: str, limit: int) -> Gate:
+        return Gate(limit_reached(reason, what, limit), limit, self._traffic)
+
+    def _count_refusals(self, answer: StepAnswer) -> None:
+        if answer.error is not None:
+            self._traffic.count_refusal(answer.error)
+        for error in answer.entry_errors.values():
+            self._traffic.count_refusal(error)
 
     def _write_session(self, session: v1.Session, handle: int) -> None:
         state = self._engine.get_session_by_handle(handle)
@@ -230,7 +294,13 @@ class OctavoService:
     def _run_step(self, request: StepRequest, caller: _Caller) -> StepAnswer:
         """Run a step and wait for its answer; raises its error, or CancelledError when the client has gone."""
         future: Future[StepAnswer] = Future()
-        self._engine.submit(request, lambda answer: _resolve(future, answer), future.cancelled)
+        self._engine.submit(
+            request,
+            lambda answer: _resolve(future, answer),
+            future.cancelled,
+            client=caller,
+            may_lead=True,
+        )
         answer = caller.wait(future)
         if answer.error is not None:
             raise answer.error
@@ -263,11 +333,12 @@ class _Caller:
 
 
 @contextmanager
-def refusing(context: grpc.ServicerContext, *details: Message) -> Iterator[None]:
-    """End the call with the status of a refusal raised inside, and `details` beside the ErrorInfo."""
+def refusing(context: grpc.ServicerContext, traffic: Traffic, *details: Message) -> Iterator[None]:
+    """End the call with the status of a refusal raised inside, and `details` beside the ErrorInfo; count it."""
     try:
         yield
     except OctavoError as error:
+        traffic.count_refusal(error)
         status.abort(context, error, *details)
     except CancelledError:
         context.abort(grpc.StatusCode.CANCELLED, "the client cancelled the call")
@@ -277,6 +348,7 @@ def unary_handler(
     request_type: type[Request],
     call: Callable[[Request, grpc.ServicerContext], Message],
     reader: RequestReader,
+    traffic: Traffic,
     threads: ThreadPoolExecutor | None = None,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     """Return the handler of a unary call.
@@ -285,15 +357,29 @@ def unary_handler(
         request_type: What the call takes.
         call: Answers it.
         reader: Reads the request.
+        traffic: Counts its messages and refusals.
         threads: Where the call runs, if not in the server's own pool.
     """
 
     def handle(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         data = reader.read(requests, context)
-        with refusing(context):
-            return call(codec.parse(request_type, data), context).SerializeToString()
+        traffic.count_call(len(data), 0)
+        with refusing(context, traffic):
+            response = call(codec.parse(request_type, data), context).SerializeToString()
+        traffic.count_call(0, len(response))
+        return response
 
     return grpc.stream_unary_rpc_method_handler(run_in(threads, handle))
+
+
+def responding(behaviour: Callable[[Any, grpc.ServicerContext, Any], None]) -> Any:
+    """Return a behaviour to which gRPC hands the function that sends responses, rather than iterate over them."""
+
+    def respond_to(requests: Any, context: grpc.ServicerContext, respond: Any) -> None:
+        behaviour(requests, context, respond)
+
+    respond_to.experimental_non_blocking = True  # type: ignore[attr-defined]
+    return respond_to
 
 
 def run_in(threads: ThreadPoolExecutor | None, behaviour: Any) -> Any:

@@ -38,6 +38,16 @@ class Admission(NamedTuple):
     copies: tuple[tuple[int, int], ...] = ()
 
 
+class SessionState(NamedTuple):
+    """A session at one moment."""
+
+    session_id: str
+    handle: int
+    model: str
+    lengths: tuple[int, ...]
+    num_blocks: int
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """The cached tokens of one sequence.
@@ -68,6 +78,16 @@ class Session:
     def __post_init__(self) -> None:
         self.lengths = [0] * self.spec.num_layers
         self._last_appends = [None] * self.spec.num_layers
+
+    def state(self) -> SessionState:
+        """Return the session as it is now."""
+        return SessionState(
+            self.session_id,
+            self.handle,
+            self.spec.name,
+            tuple(self.lengths),
+            len(self.block_table),
+        )
 
     @property
     def max_tokens(self) -> int:
@@ -170,6 +190,10 @@ class Session:
     def _reserve(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """Make [start, end) writable, all or nothing; return the blocks to copy because another session reads them."""
         first, last = start // self.spec.block_size, self._num_blocks_for(end)
+        if last == first + 1 == len(self.block_table) and not self.pool.is_shared(
+            self.block_table[first]
+        ):
+            return ()  # as with most tokens of a decode
         shared = [
             idx
             for idx in range(first, min(last, len(self.block_table)))

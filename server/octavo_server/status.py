@@ -41,6 +41,14 @@ def abort(context: grpc.ServicerContext, error: OctavoError, *details: Message) 
     raise AssertionError("abort_with_status raises")
 
 
+def set_status(context: grpc.ServicerContext, error: OctavoError) -> None:
+    """Give a call, whoever ends it, the status of a refusal."""
+    status = rpc_status.to_status(to_status(error))
+    context.set_code(status.code)
+    context.set_details(status.details)
+    context.set_trailing_metadata(status.trailing_metadata)
+
+
 def _pack(detail: Message) -> Any:
     packed = Any()
     packed.Pack(detail)

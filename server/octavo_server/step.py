@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,10 @@ from numpy.typing import NDArray
 from octavo_server.backends.base import HostArray
 from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.model import ModelSpec
+from octavo_server.stats import StageTimes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepRequest:
+class StepRequest(NamedTuple):
     """A ragged batch of entries; entry e is (handles[e], layers[e], start_pos[e], num_tokens[e]).
 
     Attributes:
@@ -29,6 +30,7 @@ class StepRequest:
         timeout_ms: Longest wait in the queue; 0 = for ever.
         return_lse: Whether the answer carries the log-sum-exp.
         is_causal: Whether token i attends to [0, start_pos + i], else to the whole cache.
+        return_stage_times: Whether the answer says what the step cost.
     """
 
     handles: Sequence[int]
@@ -42,6 +44,7 @@ class StepRequest:
     timeout_ms: int = 0
     return_lse: bool = False
     is_causal: bool = True
+    return_stage_times: bool = False
 
     @property
     def num_entries(self) -> int:
@@ -49,10 +52,15 @@ class StepRequest:
         return len(self.handles)
 
     @property
-    def tensors(self) -> dict[str, HostArray]:
-        """The tensors that are there, by name."""
-        named = {"q": self.q, "k": self.k, "v": self.v}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+    def total_tokens(self) -> int:
+        """Rows of every tensor."""
+        return sum(self.num_tokens)
+
+    @property
+    def tensors(self) -> list[tuple[str, HostArray]]:
+        """The tensors that are there, each with its name."""
+        named = (("q", self.q), ("k", self.k), ("v", self.v))
+        return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
 @dataclass(slots=True, eq=False)
@@ -64,12 +72,14 @@ class StepAnswer:
         lse: [total_tokens, num_q_heads] float32 when asked for.
         entry_errors: Why an entry was refused, by entry index.
         error: Why the whole step was refused.
+        stage_times: What the step cost, when asked for and a launch ran it.
     """
 
     out: HostArray | None = None
     lse: NDArray[np.float32] | None = None
     entry_errors: dict[int, OctavoError] = field(default_factory=dict)
     error: OctavoError | None = None
+    stage_times: StageTimes | None = None
 
 
 MAX_ENTRIES = 4096
@@ -82,28 +92,33 @@ def check_entries(request: StepRequest) -> None:
     Raises:
         OctavoError: EMPTY_STEP, SHAPE_MISMATCH or DUPLICATE_ENTRY.
     """
-    if request.num_entries == 0:
+    num_entries = request.num_entries
+    if num_entries == 0:
         raise mismatch(Reason.EMPTY_STEP, "session_handles", "at least one entry", "none")
-    if request.num_entries > MAX_ENTRIES:
+    if num_entries > MAX_ENTRIES:
         expected = f"at most {MAX_ENTRIES} entries"
-        raise mismatch(Reason.SHAPE_MISMATCH, "session_handles", expected, request.num_entries)
+        raise mismatch(Reason.SHAPE_MISMATCH, "session_handles", expected, num_entries)
     for name in ("layers", "start_pos", "num_tokens"):
         length = len(getattr(request, name))
-        if length != request.num_entries:
-            expected = f"{request.num_entries} values, one a session handle"
+        if length != num_entries:
+            expected = f"{num_entries} values, one a session handle"
             raise mismatch(Reason.SHAPE_MISMATCH, name, expected, f"{length} values")
     if 0 in request.num_tokens:
         raise mismatch(Reason.SHAPE_MISMATCH, "num_tokens", "at least 1 in every entry", 0)
-    total_tokens = sum(request.num_tokens)
-    for name, tensor in request.tensors.items():
+    total_tokens = request.total_tokens
+    for name, tensor in request.tensors:
         if len(tensor) != total_tokens:
             expected = f"of {total_tokens} tokens, as num_tokens says"
             raise mismatch(Reason.SHAPE_MISMATCH, name, expected, f"{len(tensor)} tokens")
-    _check_distinct(request)
+    if (
+        num_entries > 1
+        and len(set(zip(request.handles, request.layers, strict=True))) < num_entries
+    ):
+        raise _duplicate(request)
 
 
 def check_tensors(request: StepRequest, spec: ModelSpec) -> None:
-    """Check q, k and v against the entries and the model.
+    """Check q, k and v against each other and the model; their rows were checked with the entries.
 
     Raises:
         OctavoError: SHAPE_MISMATCH or DTYPE_MISMATCH.
@@ -113,23 +128,21 @@ def check_tensors(request: StepRequest, spec: ModelSpec) -> None:
         raise mismatch(Reason.SHAPE_MISMATCH, missing, f"there because {given} is there", "nothing")
     if not request.is_causal and request.k is not None:
         raise mismatch(Reason.SHAPE_MISMATCH, "causal", "true in a step with k and v", "false")
-    total_tokens = sum(request.num_tokens)
-    num_heads = {"q": spec.num_q_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
-    dtypes = {tensor.dtype for tensor in request.tensors.values()}
-    for name, tensor in request.tensors.items():
-        expected = (total_tokens, num_heads[name], spec.head_dim)
-        if tensor.shape != expected:
-            raise mismatch(Reason.SHAPE_MISMATCH, name, list(expected), list(tensor.shape))
-    if len(dtypes) > 1:
-        actual = ", ".join(f"{name} {tensor.dtype}" for name, tensor in request.tensors.items())
+    tensors = request.tensors
+    dtype = tensors[0][1].dtype
+    for name, tensor in tensors:
+        num_heads = spec.num_q_heads if name == "q" else spec.num_kv_heads
+        if tensor.shape[1:] != (num_heads, spec.head_dim):
+            expected_shape = [len(tensor), num_heads, spec.head_dim]
+            raise mismatch(Reason.SHAPE_MISMATCH, name, expected_shape, list(tensor.shape))
+    if any(tensor.dtype != dtype for _, tensor in tensors):
+        actual = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors)
         raise mismatch(Reason.DTYPE_MISMATCH, "q, k, v", "of one dtype", actual)
 
 
-def _check_distinct(request: StepRequest) -> None:
-    seen: set[tuple[int, int]] = set()
-    for handle, layer in zip(request.handles, request.layers, strict=True):
-        if (handle, layer) in seen:
-            expected = "each (session, layer) at most once in a step"
-            actual = f"session handle {handle} layer {layer} twice"
-            raise mismatch(Reason.DUPLICATE_ENTRY, "entries", expected, actual)
-        seen.add((handle, layer))
+def _duplicate(request: StepRequest) -> OctavoError:
+    keys = list(zip(request.handles, request.layers, strict=True))
+    handle, layer = next(key for key in keys if keys.count(key) > 1)
+    expected = "each (session, layer) at most once in a step"
+    actual = f"session handle {handle} layer {layer} twice"
+    return mismatch(Reason.DUPLICATE_ENTRY, "entries", expected, actual)

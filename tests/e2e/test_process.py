@@ -170,6 +170,17 @@ def test_an_address_in_brackets_is_listened_on() -> None:
     assert line.startswith("listening on [::1]:")
 
 
+def test_a_killed_server_s_socket_is_taken_over(tmp_path: Path) -> None:
+    flags = ["--backend", "reference", "--unix-socket", str(tmp_path / "octavo.sock")]
+    for signal_number in (signal.SIGKILL, signal.SIGTERM):
+        with server_process(*flags) as (process, _):
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"listening on unix:{tmp_path}/octavo.sock\n"
+            process.send_signal(signal_number)
+            process.wait(WAIT_S)
+        assert (tmp_path / "octavo.sock").exists() == (signal_number == signal.SIGKILL)
+
+
 def test_an_address_in_use_is_one_sentence() -> None:
     with server_process("--backend", "reference") as (_, address):
         port = address.rsplit(":", 1)[1]

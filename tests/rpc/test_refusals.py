@@ -329,6 +329,7 @@ def test_bytes_that_are_no_message_are_refused_on_every_call(wire: Wire, garbage
     with unharmed(wire):
         for name in (
             "ServerInfo",
+            "ServerStats",
             "OpenSession",
             "GetSession",
             "ListSessions",
@@ -454,6 +455,15 @@ def test_rows_are_counted_also_where_no_session_is_known(wire: Wire) -> None:
     confirm(refusal_of(wire.run(step).error), Reason.SHAPE_MISMATCH)
 
 
+def test_a_region_is_refused_where_memory_is_not_shared(wire: Wire) -> None:
+    with unharmed(wire) as (victim, _):
+        ask = v1.DecodeRequest(region=v1.RegionRequest())
+        step = v1.DecodeRequest(step=wire.step((victim, 0, 1), k=None, v=None, start_pos=[0]))
+        no_region, result = wire.stub.Decode(iter([ask, step]), timeout=CALL_TIMEOUT_S)
+        confirm(refusal_of(no_region.region.error), Reason.SHARED_MEMORY_UNAVAILABLE)
+        assert not result.result.HasField("error")
+
+
 def test_one_stream_too_many_is_refused(wire: Wire) -> None:
     with unharmed(wire) as (victim, _):
         with ExitStack() as stack:
@@ -497,7 +507,9 @@ def test_a_server_that_drains_refuses_new_work_and_finishes_the_old() -> None:
     with serving() as wire:
         victim = wire.open()
         step = wire.step((victim, 0, 1))
-        stream = Stream(wire.stub)
+        stream, idle = Stream(wire.stub), Stream(wire.stub)
+        idle.send(wire.step((wire.open(), 0, 1), waits_for_answer=True))
+        idle.receive()
         wire.backend.shut()
         stream.send(step)
         assert wire.backend.is_running.wait(CALL_TIMEOUT_S)
@@ -515,7 +527,11 @@ def test_a_server_that_drains_refuses_new_work_and_finishes_the_old() -> None:
         with pytest.raises(grpc.RpcError) as refused:
             stream.receive()
         confirm(refusal_of_call(refused.value), Reason.DRAINING)
+        with pytest.raises(grpc.RpcError) as refused:
+            idle.receive()
+        confirm(refusal_of_call(refused.value), Reason.DRAINING)
         stopping.join(CALL_TIMEOUT_S)
+        wait_until(lambda: not wire.server._service._step_streams)
 
 
 def test_a_server_whose_device_failed_refuses_everything_and_turns_unready() -> None:

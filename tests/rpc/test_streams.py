@@ -84,6 +84,48 @@ def test_a_slow_reader_holds_up_only_itself(wire: Wire) -> None:
         assert [stream.receive().step_id for _ in range(20)] == [read.step_id] * 20
 
 
+def test_a_client_that_waits_for_each_answer_gets_them_in_order(wire: Wire) -> None:
+    caching = wire.open()
+    with wire.stream() as stream:
+        steps = []
+        for _ in range(3):
+            step = wire.step((caching, 0, 1), waits_for_answer=True)
+            stream.send(step)
+            wire.check(step, stream.receive(), [(caching, 0)])
+        # One that does not keep its word is answered all the same.
+        for layer in (0, 1):
+            steps.append(wire.step((caching, layer, 2), waits_for_answer=True))
+            stream.send(steps[-1])
+        steps.append(wire.step((wire.open(), 0, 1)))
+        stream.send(steps[-1])
+        answered = [stream.receive().step_id for _ in steps]
+    assert answered == [step.step_id for step in steps]
+
+
+def test_a_step_whose_client_waits_is_read_on_after_it_alone(wire: Wire) -> None:
+    caching, other = wire.open(), wire.open()
+    with wire.stream() as stream, wire.stream() as second:
+        with wire.busy():
+            stream.send(wire.step((caching, 0, 1), waits_for_answer=True))
+            stream.send(wire.step((caching, 1, 1)))
+            second.send(wire.step((other, 0, 1)))
+            second.send(wire.step((other, 1, 1)))
+            wait_until(lambda: len(wire.queue) == 3)
+        for _ in range(2):
+            assert not stream.receive().HasField("error")
+            assert not second.receive().HasField("error")
+
+
+def test_a_waiting_client_that_vanishes_gives_its_stream_back(wire: Wire) -> None:
+    with unharmed(wire) as (victim, neighbour), wire.busy():
+        num_free = wire.num_free_streams
+        with wire.stream() as stream:
+            stream.send(wire.step((victim, 0, 1), (neighbour, 0, 1), waits_for_answer=True))
+            wait_until(lambda: len(wire.queue) == 1)
+            stream.call.cancel()
+        wait_until(lambda: wire.num_free_streams == num_free)
+
+
 def test_a_replay_gets_the_same_answer_and_grows_nothing(wire: Wire) -> None:
     caching = wire.open()
     wire.append(caching, 0, 3)

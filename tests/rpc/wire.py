@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from octavo import v1
 from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
 from octavo_client.oracle import AttentionOptions, OracleCache, check
-from octavo_server.scheduler import WorkItem
 from octavo_server.server import Server
+from octavo_server.work import WorkItem
 from tests.rpc.gated_backend import GatedBackend
+from tests.waiting import wait_until
 
 CALL_TIMEOUT_S = 30
 NUM_LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 4, 2, 16
@@ -112,7 +113,11 @@ class Wire:
     @property
     def queue(self) -> list[WorkItem[Any]]:
         """What waits for its turn, in the order of arrival; `busy` lets it gather."""
-        return list(self.server._engine._scheduler._queue)
+        return self.server._engine._scheduler.items
+
+    def wait_for_queued(self, num_items: int) -> None:
+        """Wait until so much waits for its turn."""
+        wait_until(lambda: len(self.queue) == num_items)
 
     @property
     def num_overdue(self) -> int:
@@ -122,12 +127,14 @@ class Wire:
     @property
     def num_free_streams(self) -> int:
         """Streams that the server would take now."""
-        return self.server._service.streams._slots._value
+        streams = self.server._service.streams
+        return streams.limit - streams.num_open
 
     @property
     def num_free_calls(self) -> int:
         """Waiting unary calls that the server would take now."""
-        return self.server._service._waiting_calls._slots._value
+        calls = self.server._service._waiting_calls
+        return calls.limit - calls.num_open
 
     def draw(self, num_tokens: int, num_heads: int) -> NDArray[np.float32]:
         """Return random rows."""

@@ -27,6 +27,7 @@ class FakeBackend:
 
     Attributes:
         batches: Every batch appended or attended, in order.
+        threads: The thread that each came from.
         may_run: Clear it to hold the next launch; `is_running` is set once one is held.
         is_broken: Makes the next launch raise.
     """
@@ -36,11 +37,13 @@ class FakeBackend:
 
     def __init__(self) -> None:
         self.batches: list[RaggedBatch] = []
+        self.threads: list[threading.Thread] = []
         self.copies: list[tuple[int, int]] = []
         self.may_run = threading.Event()
         self.may_run.set()
         self.is_running = threading.Event()
         self.is_broken = False
+        self.binds_caller = False
 
     def check_model(self, spec: ModelSpec) -> None:
         """Serve everything."""
@@ -111,6 +114,7 @@ class FakeBackend:
     def _run(self, batch: RaggedBatch) -> None:
         if not self.batches or self.batches[-1] is not batch:
             self.batches.append(batch)
+            self.threads.append(threading.current_thread())
         self.is_running.set()
         assert self.may_run.wait(10)
         if self.is_broken:

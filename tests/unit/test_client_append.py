@@ -113,6 +113,15 @@ def test_it_goes_on_from_the_last_stored_message_with_the_same_key() -> None:
     assert [m.step_key for m in parsed(again)] == [m.step_key for m in parsed(messages[2:])]
 
 
+def test_it_knows_when_a_call_that_failed_got_further() -> None:
+    append = plan(mirror(), 9)
+    append.next_wave()
+    full = append.resumable(oc.QueueFull("QUEUE_FULL", "no", retry_after_s=0.1))
+    assert append.resume((4, 4), full)
+    assert not append.resume((4, 4), full)
+    assert append.resume((8, 4), full)
+
+
 def test_it_starts_over_when_nothing_is_stored() -> None:
     append = plan(mirror(), 9)
     messages = sent(append.next_wave())

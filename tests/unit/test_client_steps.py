@@ -9,6 +9,7 @@ import pytest
 
 import octavo_client as oc
 from octavo.v1 import octavo_pb2 as pb
+from octavo_client._encoding import result_of
 from octavo_client._exchange import Exchange, Job
 from octavo_client._mirror import Mirror
 from octavo_client._steps import Draft, Placement, draft_step
@@ -55,7 +56,9 @@ def start_of(step: Draft) -> list[int]:
 
 def test_a_message_says_all_of_its_step() -> None:
     first, second = mirror(3, 5), mirror(8, 8, handle=12)
-    placed = draft((first, 1, 2, None), (second, 0, 1, 7), return_lse=True, causal=True)
+    placed = draft(
+        (first, 1, 2, None), (second, 0, 1, 7), return_lse=True, causal=True, stage_times=True
+    )
     placed.place()
     step = message_of(placed)
     assert list(step.session_handles) == [11, 12]
@@ -67,6 +70,7 @@ def test_a_message_says_all_of_its_step() -> None:
     assert list(step.q.shape) == [3, NUM_Q_HEADS, HEAD_DIM]
     assert step.v.data == rows(3, NUM_KV_HEADS).tobytes()
     assert step.return_lse
+    assert step.return_stage_times
     assert step.step_key != 0
     assert not step.HasField("causal")
     assert placed.keys == [(11, 1), (12, 0)]
@@ -154,7 +158,7 @@ def test_a_timeout_is_bounded(timeout: float) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"casual": False}, "no option casual; it has causal, return_lse, timeout"),
+        ({"casual": False}, "no option casual; it has causal, return_lse, stage_times, timeout"),
         ({"causal": None}, "causal must be True or False, got None"),
         ({"return_lse": 1}, "return_lse must be True or False, got 1"),
         ({"timeout": "3"}, "timeout must be a number of seconds, got '3'"),
@@ -197,7 +201,7 @@ def test_an_answer_is_cut_by_entries() -> None:
     placed = draft((session, 0, 2, None), (other, 0, 1, None), (session, 1, 3, None))
     placed.place()
     refusal = status("OUT_OF_BLOCKS", "RESOURCE_EXHAUSTED", free_blocks=1)
-    batch = placed.read(answer_to(placed, e1=refusal))
+    batch = placed.read(result_of(answer_to(placed, e1=refusal)))
     assert batch.slices == (slice(0, 2), slice(2, 3), slice(3, 6))
     np.testing.assert_array_equal(batch[2].out, rows(6, NUM_Q_HEADS)[3:])
     assert len(batch) == 3
@@ -215,7 +219,9 @@ def test_an_answer_that_makes_no_sense_is_an_error() -> None:
     placed.place()
     with pytest.raises(oc.OctavoError, match="makes no sense"):
         placed.read(
-            pb.StepResult(out=pb.Tensor(data=b"abc", dtype=pb.DATA_TYPE_FLOAT16, shape=[1]))
+            result_of(
+                pb.StepResult(out=pb.Tensor(data=b"abc", dtype=pb.DATA_TYPE_FLOAT16, shape=[1]))
+            )
         )
 
 
@@ -291,7 +297,9 @@ def test_an_expiry_after_a_cut_leaves_the_fate_open() -> None:
     exchange.on_broken()
     exchange.on_open(1.0)
     refusal = status("STEP_EXPIRED", "DEADLINE_EXCEEDED", timeout_ms=9)
-    outcomes = exchange.on_result(pb.StepResult(step_id=step_id, error=refusal), 2.0).outcomes
+    outcomes = exchange.on_result(
+        result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0
+    ).outcomes
     (error,) = [outcome.error for outcome in outcomes]
     assert isinstance(error, oc.StepTimeout)
     assert error.may_be_applied
@@ -302,10 +310,41 @@ def test_an_expiry_without_a_cut_is_the_servers_word() -> None:
     session = mirror()
     exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
     refusal = status("STEP_EXPIRED", "DEADLINE_EXCEEDED", timeout_ms=9)
-    outcomes = exchange.on_result(pb.StepResult(step_id=step_id, error=refusal), 2.0).outcomes
+    outcomes = exchange.on_result(
+        result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0
+    ).outcomes
     (error,) = [outcome.error for outcome in outcomes]
     assert isinstance(error, oc.StepExpired)
     assert (error.timeout_ms, session.lengths, session.is_stale) == (9, (0, 0), False)
+
+
+def test_a_full_queue_after_a_cut_leaves_the_fate_open() -> None:
+    session = mirror()
+    exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
+    exchange.on_broken()
+    exchange.on_open(1.0)
+    refusal = status("QUEUE_FULL", "RESOURCE_EXHAUSTED", 0.1, limit=2)
+    outcomes = exchange.on_result(
+        result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0
+    ).outcomes
+    (error,) = [outcome.error for outcome in outcomes]
+    assert isinstance(error, oc.ConnectionLost)
+    assert isinstance(error.__cause__, oc.QueueFull)
+    assert error.may_be_applied
+    assert session.is_stale
+
+
+def test_a_full_queue_applies_nothing_and_says_when_to_come_back() -> None:
+    session = mirror()
+    exchange, (step_id,), _ = in_exchange(draft((session, 0, 1, None)))
+    refusal = status("QUEUE_FULL", "RESOURCE_EXHAUSTED", 0.1, limit=2)
+    outcomes = exchange.on_result(
+        result_of(pb.StepResult(step_id=step_id, error=refusal)), 2.0
+    ).outcomes
+    (error,) = [outcome.error for outcome in outcomes]
+    assert isinstance(error, oc.QueueFull)
+    assert (error.limit, error.retry_after_s) == (2, 0.1)
+    assert (session.lengths, session.is_stale) == ((0, 0), False)
 
 
 def test_giving_up_releases_the_next() -> None:
@@ -330,7 +369,7 @@ def test_an_answer_that_breaks_the_client_fails_its_step() -> None:
         raise RuntimeError("no memory")
 
     step.to_caller = fail
-    (outcome,) = exchange.on_result(result, 1.0).outcomes
+    (outcome,) = exchange.on_result(result_of(result), 1.0).outcomes
     assert isinstance(outcome.error, oc.InterruptedCall)
     assert outcome.error.may_be_applied
     assert session.lengths == (1, 0), "what the answer said is lost"
@@ -353,11 +392,13 @@ def test_only_what_is_over_the_limit_fails_for_it() -> None:
 def test_draining_holds_what_was_refused_until_the_rest_is_answered() -> None:
     one, two = draft((mirror(), 0, 1, None)), draft((mirror(handle=12), 0, 1, None))
     exchange, (first, second), _ = in_exchange(one, two)
-    exchange.on_result(pb.StepResult(step_id=first, error=status("DRAINING", "UNAVAILABLE")), 1.0)
+    exchange.on_result(
+        result_of(pb.StepResult(step_id=first, error=status("DRAINING", "UNAVAILABLE"))), 1.0
+    )
     assert not exchange.is_drained
     result = answer_to(two)
     result.step_id = second
-    assert len(exchange.on_result(result, 1.0).outcomes) == 1
+    assert len(exchange.on_result(result_of(result), 1.0).outcomes) == 1
     assert exchange.is_drained
     assert isinstance(exchange.ended(), oc.Draining)
     exchange.on_broken()

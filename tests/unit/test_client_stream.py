@@ -342,3 +342,109 @@ def test_closing_asyncio_fails_what_is_in_flight(server: FakeServer) -> None:
             await client.server_info()
 
     run(main, server)
+
+
+def test_only_a_caller_that_waits_for_a_lone_step_says_so(
+    server: FakeServer, session: oc.Session
+) -> None:
+    session.decode(0, *tensors())  # opens the stream
+    session.decode(0, *tensors())
+    futures = [session.submit(layer, *tensors()) for layer in range(NUM_LAYERS)]
+    for future in futures:
+        future.result()
+    session.decode(1, *tensors())
+    assert [step.waits_for_answer for step in server.steps] == [False, True, False, False, True]
+
+
+def test_a_caller_reads_its_own_answer(
+    server: FakeServer, client: oc.Client, session: oc.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.decode(0, *tensors())
+    readers: list[str] = []
+    on_result = client._stream._on_result
+
+    def note(result: Any) -> bool:
+        readers.append(threading.current_thread().name)
+        return on_result(result)
+
+    monkeypatch.setattr(client._stream, "_on_result", note)
+    session.decode(0, *tensors())
+    session.submit(0, *tensors()).result()
+    assert readers == [threading.current_thread().name, "octavo-decode"]
+
+
+def test_a_lone_step_that_is_not_answered_times_out(
+    server: FakeServer, session: oc.Session
+) -> None:
+    session.decode(0, *tensors())
+    server.on_step = lambda step: SILENCE
+    with pytest.raises(oc.StepTimeout):
+        session.decode(0, *tensors(), timeout=0.1)
+    server.on_step = lambda step: None
+    session.decode(0, *tensors())
+    assert session.lengths == (2, 0)
+
+
+def test_steps_of_others_are_answered_while_a_caller_reads_its_own(
+    server: FakeServer, session: oc.Session
+) -> None:
+    session.decode(0, *tensors())
+    is_there = threading.Event()
+    held: list[pb.StepResult] = []
+
+    def act(step: Any) -> pb.StepResult | None:
+        if step.layers[0] == 0:
+            held.append(server.serve(step))
+            is_there.set()
+            return SILENCE
+        return None
+
+    server.on_step = act
+    waiting = threading.Thread(target=lambda: session.decode(0, *tensors()))
+    waiting.start()
+    assert is_there.wait(10)
+    session.submit(1, *tensors()).result(10)
+    session.decode(1, *tensors())
+    for results in server.streams:
+        results.put(held[0])
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert server.calls["Decode"] == 1
+
+
+def test_a_client_is_closed_while_a_caller_reads(server: FakeServer, client: oc.Client) -> None:
+    session = client.open_session("tiny")
+    session.decode(0, *tensors())
+    is_there = threading.Event()
+
+    def act(_step: Any) -> pb.StepResult:
+        is_there.set()
+        return SILENCE
+
+    server.on_step = act
+    raised: list[BaseException] = []
+
+    def decode() -> None:
+        try:
+            session.decode(0, *tensors())
+        except oc.ClientClosed as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=decode)
+    waiting.start()
+    assert is_there.wait(10)
+    client.close()
+    waiting.join(10)
+    assert len(raised) == 1
+
+
+def test_a_client_is_closed_by_a_callback(server: FakeServer, client: oc.Client) -> None:
+    session = client.open_session("tiny")
+    is_closed = threading.Event()
+
+    def close(_: Future[Any]) -> None:
+        client.close()
+        is_closed.set()
+
+    session.submit(0, *tensors()).add_done_callback(close)
+    assert is_closed.wait(10)

@@ -94,14 +94,18 @@ def test_every_key_of_the_server_is_read(write_yaml: WriteYaml) -> None:
     written = {
         "host": "::1",
         "port": 7,
+        "unix_socket": "/run/octavo.sock",
         "backend": "reference",
         "num_threads": 3,
         "pin_threads": True,
         "max_sessions": 4,
         "max_streams": 5,
         "max_steps_in_flight": 6,
+        "max_queued_steps": 7,
         "max_unary_calls": 8,
         "max_message_bytes": "1MiB",
+        "shared_memory": True,
+        "shared_memory_bytes": "2MiB",
         "drain_timeout_s": 2.5,
         "log_level": "error",
     }
@@ -109,7 +113,7 @@ def test_every_key_of_the_server_is_read(write_yaml: WriteYaml) -> None:
     lines = [f"{key}: {value!r}\n" for key, value in written.items()]
     config = load_config(write_yaml("".join(lines) + TINY_YAML))
     read = {name: getattr(config, name) for name in written}
-    assert read == written | {"max_message_bytes": 2**20}
+    assert read == written | {"max_message_bytes": 2**20, "shared_memory_bytes": 2**21}
 
 
 def test_attention_options_are_given_per_layer() -> None:
@@ -384,6 +388,12 @@ def test_backends_are_those_of_the_registry() -> None:
     assert backend.kind.expected == "auto, cpu, cuda or reference"
     for name in BACKEND_NAMES:
         assert load_config(None, {"backend": name}, [TINY]).backend == name
+
+
+def test_no_port_takes_a_unix_socket(write_yaml: WriteYaml) -> None:
+    assert load_config(None, {"host": "none", "unix_socket": "octavo.sock"}, [TINY]).host == "none"
+    (mistake,) = mistakes_of(write_yaml("port: 1\nhost: none\n" + TINY_YAML))
+    assert mistake == ("octavo.yaml:2: host: got 'none' without a unix_socket; expected an address")
 
 
 def test_example_is_valid_and_names_every_key(write_yaml: WriteYaml) -> None:

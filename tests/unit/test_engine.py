@@ -10,8 +10,9 @@ import pytest
 
 from octavo_server.backends.base import HostArray, alloc_paged_int8_cache
 from octavo_server.block_pool import BlockPool
-from octavo_server.engine import Engine, ModelPool
+from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason
+from octavo_server.model_pool import ModelPool
 from octavo_server.session_store import SessionStore
 from octavo_server.step import StepAnswer, StepRequest
 from tests.unit.conftest import make_spec
@@ -24,7 +25,7 @@ WAIT_S = 10
 class Bench:
     """An engine with a tiny model of 10 blocks, and short ways to talk to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_queued_steps: int = 100) -> None:
         self.backend = FakeBackend()
         self.failures: list[bool] = []
         pools = {}
@@ -33,7 +34,9 @@ class Bench:
             pools[spec.name] = ModelPool(cache, BlockPool(10))
         self.pool = pools["tiny"].blocks
         self.sessions = SessionStore("feed", max_sessions=4)
-        self.engine = Engine(self.backend, pools, self.sessions, lambda: self.failures.append(True))
+        self.engine = Engine(
+            self.backend, pools, self.sessions, lambda: self.failures.append(True), max_queued_steps
+        )
         self.engine.start()
 
     def open(self, model: str = "tiny") -> int:
@@ -45,10 +48,13 @@ class Bench:
         return session.session_id
 
     def submit(
-        self, request: StepRequest, is_cancelled: Callable[[], bool] = lambda: False
+        self,
+        request: StepRequest,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        client: str = "",
     ) -> SimpleQueue[StepAnswer]:
         answers: SimpleQueue[StepAnswer] = SimpleQueue()
-        self.engine.submit(request, answers.put, is_cancelled)
+        self.engine.submit(request, answers.put, is_cancelled, client=client)
         return answers
 
     def run(self, request: StepRequest) -> StepAnswer:
@@ -403,3 +409,183 @@ def test_sessions_are_listed_in_pages_in_the_order_of_opening(bench: Bench) -> N
 def test_an_unknown_model_is_refused(bench: Bench) -> None:
     with pytest.raises(OctavoError, match="ServerInfo lists"):
         bench.open("missing")
+
+
+def test_an_idle_engine_runs_a_step_in_the_thread_that_brings_it(bench: Bench) -> None:
+    bench.backend.binds_caller = False
+    handle = bench.open()
+    answers: list[StepAnswer] = []
+    bench.engine.submit(step((handle, 0, 0, 1)), answers.append, may_lead=True)
+    assert [answer.error for answer in answers] == [None]
+    assert bench.backend.threads[-1] is threading.current_thread()
+    assert bench.run(step((handle, 0, 1, 1))).error is None
+    assert bench.backend.threads[-1].name == "octavo-engine"
+
+
+def test_a_backend_that_binds_its_caller_has_one(bench: Bench) -> None:
+    bench.backend.binds_caller = True
+    answers: SimpleQueue[StepAnswer] = SimpleQueue()
+    bench.engine.submit(step((bench.open(), 0, 0, 1)), answers.put, may_lead=True)
+    assert answers.get(timeout=WAIT_S).error is None
+    assert {thread.name for thread in bench.backend.threads} == {"octavo-engine"}
+
+
+def test_a_step_that_comes_while_another_thread_leads_is_the_engines(bench: Bench) -> None:
+    first, second = bench.open(), bench.open()
+    bench.backend.may_run.clear()
+    leader = threading.Thread(
+        target=bench.engine.submit,
+        args=(step((first, 0, 0, 1)), lambda _: None),
+        kwargs={"may_lead": True},
+    )
+    leader.start()
+    assert bench.backend.is_running.wait(WAIT_S)
+    answers: SimpleQueue[StepAnswer] = SimpleQueue()
+    bench.engine.submit(step((second, 0, 0, 1)), answers.put, may_lead=True)
+    bench.backend.may_run.set()
+    assert answers.get(timeout=WAIT_S).error is None
+    leader.join(WAIT_S)
+    assert [thread.name for thread in bench.backend.threads[-1:]] == ["octavo-engine"]
+    assert bench.backend.threads[0] is leader
+
+
+def test_draining_waits_for_whoever_leads(bench: Bench) -> None:
+    bench.backend.may_run.clear()
+    request = step((bench.open(), 0, 0, 1))
+    leader = threading.Thread(
+        target=bench.engine.submit, args=(request, lambda _: None), kwargs={"may_lead": True}
+    )
+    leader.start()
+    assert bench.backend.is_running.wait(WAIT_S)
+    assert not bench.engine.drain(0.01)
+    bench.backend.may_run.set()
+    assert bench.engine.drain(WAIT_S)
+    leader.join(WAIT_S)
+
+
+def test_a_step_tells_what_it_cost_when_asked(bench: Bench) -> None:
+    handles = [bench.open() for _ in range(2)]
+    before = time.monotonic()
+    bench.hold()
+    asking = step((handles[0], 0, 0, 2), (handles[0], 1, 1, 3), return_stage_times=True)
+    asked, silent = bench.submit(asking), bench.submit(step((handles[1], 0, 0, 4)))
+    queued_at = time.monotonic()
+    time.sleep(0.01)
+    queued_us = (time.monotonic() - queued_at) * 1e6
+    bench.backend.may_run.set()
+    times = asked.get(timeout=WAIT_S).stage_times
+    assert silent.get(timeout=WAIT_S).stage_times is None
+    assert times is not None
+    assert (times.batch_size, times.batch_tokens) == (3, 9)
+    whole_us = (time.monotonic() - before) * 1e6
+    stages = (times.queue_us, times.copy_in_us, times.kernel_us, times.copy_out_us)
+    assert times.queue_us >= queued_us - 1
+    assert min(stages) >= 0
+    assert sum(stages) <= whole_us + len(stages)
+
+
+def test_time_in_the_backend_is_the_kernels(bench: Bench) -> None:
+    handle = bench.open()
+    bench.backend.may_run.clear()
+    bench.backend.is_running.clear()
+    answer = bench.submit(step((handle, 0, 0, 1), return_stage_times=True))
+    assert bench.backend.is_running.wait(WAIT_S)
+    held_at = time.monotonic()
+    time.sleep(0.01)
+    held_us = (time.monotonic() - held_at) * 1e6
+    bench.backend.may_run.set()
+    times = answer.get(timeout=WAIT_S).stage_times
+    assert times is not None
+    assert times.kernel_us >= held_us - 1
+
+
+def test_a_step_that_no_launch_ran_has_no_stage_times(bench: Bench) -> None:
+    answer = bench.run(step((12345, 0, 0, 2), return_stage_times=True))
+    assert answer.stage_times is None
+
+
+def test_a_full_queue_refuses_steps_and_takes_changes() -> None:
+    bench = Bench(max_queued_steps=2)
+    handle = bench.open()
+    bench.hold()
+    answers = [bench.submit(step((handle, layer, 0, 1))) for layer in range(2)]
+    with pytest.raises(OctavoError) as refused:
+        bench.submit(step((handle, 0, 1, 1)))
+    assert refused.value.reason is Reason.QUEUE_FULL
+    assert refused.value.metadata == {"limit": "2"}
+    closed = bench.engine.close_session(bench.id_of(handle))
+    bench.backend.may_run.set()
+    for answer in answers:
+        assert not answer.get(timeout=WAIT_S).entry_errors
+    assert closed.result(WAIT_S) == 1
+    assert not bench.run(step((bench.open(), 0, 0, 1))).entry_errors
+    bench.engine.stop()
+
+
+def test_prompts_do_not_share_the_launches_of_decode_steps(bench: Bench) -> None:
+    handles = [bench.open() for _ in range(3)]
+    bench.hold()
+    prompts = [bench.submit(step((handles[0], 0, 0, 40))), bench.submit(only_kv(handles[1], 3))]
+    decode = bench.submit(step((handles[2], 0, 0, 32)))
+    bench.backend.may_run.set()
+    for answer in (*prompts, decode):
+        assert not answer.get(timeout=WAIT_S).entry_errors
+    layouts = [batch.token_starts.tolist() for batch in bench.backend.batches]
+    assert layouts[-3:] == [[0, 32], [0, 40], [0, 3]]
+
+
+def only_kv(handle: int, num_tokens: int) -> StepRequest:
+    return step((handle, 0, 0, num_tokens), q=None)
+
+
+def test_clients_take_turns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.engine._scheduler._decodes, "max_tokens", 2)
+    flooding, other = bench.open(), bench.open()
+    bench.hold()
+    for layer in range(2):
+        bench.submit(step((flooding, layer, 0, 1)), client="flooding")
+    late = bench.submit(step((other, 0, 0, 1)), client="other")
+    bench.backend.may_run.set()
+    assert not late.get(timeout=WAIT_S).entry_errors
+    wait_until(lambda: len(bench.backend.batches) == 3)
+    _held, shared, rest = bench.backend.batches
+    assert shared.block_tables[:, 0].tolist() == [0, 1]
+    assert (shared.layers.tolist(), rest.layers.tolist()) == ([0, 0], [1])
+
+
+def test_the_totals_have_every_launch_before_it_is_answered(bench: Bench) -> None:
+    first, second = bench.open(), bench.open()
+    bench.run(step((first, 0, 0, 3), (first, 1, 0, 2), step_key=7))
+    bench.hold()
+    bad = step((second, 0, 0, 4), (second, 1, 0, 1))
+    assert bad.v is not None
+    bad.v[0, 0, 0] = np.nan
+    answers = [bench.submit(step((first, 0, 3, 1))), bench.submit(bad)]
+    assert bench.engine.stats().num_queued == 2
+    bench.backend.may_run.set()
+    for answer in answers:
+        answer.get(timeout=WAIT_S)
+    bench.run(step((first, 0, 3, 1), has_kv=False))
+    stats = bench.engine.stats()
+    shapes = [launch[:5] for launch in stats.launches]
+    assert shapes == [(1, 2, 2, 2, 2), (2, 1, 1, 2, 5), (4, 1, 2, 3, 6)]
+    assert (stats.num_steps, stats.num_appended_tokens) == (5, 3 + 2 + 1 + 1 + 1)
+    assert (stats.num_queued, stats.max_queued_steps, stats.num_sessions) == (0, 100, 3)
+    assert stats.pools == (("tiny", 10, 8), ("other", 10, 9))
+
+
+def test_what_steps_waited_and_took_adds_up(bench: Bench) -> None:
+    handle = bench.open()
+    bench.hold()
+    answer = bench.submit(step((handle, 0, 0, 1), (handle, 1, 0, 1), return_stage_times=True))
+    time.sleep(0.005)
+    bench.backend.may_run.set()
+    times = answer.get(timeout=WAIT_S).stage_times
+    assert times is not None
+    launch = bench.engine.stats().launches[-1]
+    assert (launch.queue_us, launch.copy_in_us, launch.kernel_us) == (
+        times.queue_us,
+        times.copy_in_us,
+        times.kernel_us,
+    )
+    wait_until(lambda: bench.engine.stats().launches[-1].copy_out_us >= times.copy_out_us)

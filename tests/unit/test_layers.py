@@ -13,12 +13,25 @@ ROOT = Path(__file__).parents[2]
 SERVER_ROOT = ROOT / "server" / "octavo_server"
 CLIENT_ROOT = ROOT / "client" / "octavo_client"
 
+WORK = frozenset({"work", "work_lanes", "work_order"})
+
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config", "config_schema", "config_source", "errors", "logs", "model", "version"}),
-    frozenset({"block_pool", "scheduler", "session", "session_store"}),
-    frozenset({"backends", "cuda_build", "kernel_build", "step", "launch"}),
-    frozenset({"engine"}),
-    frozenset({"codec", "request_reader", "service", "status", "step_stream"}),
+    frozenset({"block_pool", "scheduler", "session", "session_store", "stats"} | WORK),
+    frozenset({"backends", "cuda_build", "kernel_build", "step", "launch", "model_pool"}),
+    frozenset({"engine", "queued"}),
+    frozenset(
+        {
+            "codec",
+            "request_reader",
+            "service",
+            "shared_memory",
+            "status",
+            "step_stream",
+            "traffic",
+            "unix_socket",
+        }
+    ),
     frozenset({"server"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
@@ -26,7 +39,9 @@ LAYERS: tuple[frozenset[str], ...] = (
 """Modules of octavo_server from the bottom up; one imports its own layer and those below."""
 
 WIRE = frozenset({"grpc", "grpc_status", "grpc_health", "grpc_reflection", "google", "octavo"})
-PURE_CORE = frozenset({"block_pool", "scheduler", "session", "session_store", "errors"})
+PURE_CORE = (
+    frozenset({"block_pool", "scheduler", "session", "session_store", "stats", "errors"}) | WORK
+)
 NOT_IN_PURE_CORE = WIRE | {"torch", "time", "datetime"}
 NOT_IN_ENGINE = WIRE | {"torch"}
 

@@ -23,7 +23,7 @@ from octavo.v1 import octavo_pb2 as pb
 from octavo_client import Client, Entry, Session, Timeout
 from octavo_client._channel import DECODE_RPC, channel_options
 from octavo_client._config import Retry
-from octavo_client._encoding import encode_decode, encode_tensors
+from octavo_client._encoding import Result, encode_decode, encode_tensors
 from octavo_client._errors import OctavoError, PositionMismatch
 from octavo_client._status import error_from_rpc, error_from_status
 from octavo_client._tensors import from_wire
@@ -149,7 +149,7 @@ class SlowReader:
         self._stopping.wait(random.uniform(0.2, 2.0))
         try:
             for response in call:
-                yield response.result.step_id, _answer(response.result)
+                yield response.head.step_id, _answer(response)
                 self._stopping.wait(random.uniform(0, 0.01))
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
@@ -174,9 +174,9 @@ def _message(handle: int, position: int, tensors: Tensors) -> bytes:
     return encode_decode(header, encode_tensors(dict(zip(fields, tensors, strict=True))))
 
 
-def _answer(result: pb.StepResult) -> NDArray[Any]:
-    if result.HasField("error"):
-        raise error_from_status(result.error)
-    for entry_error in result.entry_errors:
+def _answer(result: Result) -> NDArray[Any]:
+    if result.head.HasField("error"):
+        raise error_from_status(result.head.error)
+    for entry_error in result.head.entry_errors:
         raise error_from_status(entry_error.error)
     return from_wire(result.out)

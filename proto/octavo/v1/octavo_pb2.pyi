@@ -20,14 +20,16 @@ DATA_TYPE_BFLOAT16: DataType
 DATA_TYPE_FLOAT32: DataType
 
 class Tensor(_message.Message):
-    __slots__ = ("data", "dtype", "shape")
+    __slots__ = ("data", "dtype", "shape", "region_offset")
     DATA_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    REGION_OFFSET_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     dtype: DataType
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, data: _Optional[bytes] = ..., dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    region_offset: int
+    def __init__(self, data: _Optional[bytes] = ..., dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., region_offset: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "num_layers", "num_q_heads", "num_kv_heads", "head_dim", "block_size", "max_context", "num_blocks", "num_free_blocks", "sm_scale", "window", "soft_cap", "sinks", "deterministic")
@@ -100,6 +102,77 @@ class ServerInfoResponse(_message.Message):
     num_sessions: int
     max_sessions: int
     def __init__(self, version: _Optional[str] = ..., incarnation: _Optional[str] = ..., backend: _Optional[str] = ..., backend_description: _Optional[str] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., max_message_bytes: _Optional[int] = ..., max_steps_in_flight: _Optional[int] = ..., num_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ...) -> None: ...
+
+class ServerStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServerStatsResponse(_message.Message):
+    __slots__ = ("num_steps", "num_appended_tokens", "launches", "received_bytes", "sent_bytes", "refusals", "num_queued", "max_queued_steps", "num_sessions", "num_streams", "max_streams", "pools")
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_APPENDED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAUNCHES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    num_appended_tokens: int
+    launches: _containers.RepeatedCompositeFieldContainer[LaunchStats]
+    received_bytes: int
+    sent_bytes: int
+    refusals: _containers.ScalarMap[str, int]
+    num_queued: int
+    max_queued_steps: int
+    num_sessions: int
+    num_streams: int
+    max_streams: int
+    pools: _containers.RepeatedCompositeFieldContainer[PoolStats]
+    def __init__(self, num_steps: _Optional[int] = ..., num_appended_tokens: _Optional[int] = ..., launches: _Optional[_Iterable[_Union[LaunchStats, _Mapping]]] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., num_queued: _Optional[int] = ..., max_queued_steps: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_streams: _Optional[int] = ..., max_streams: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStats, _Mapping]]] = ...) -> None: ...
+
+class LaunchStats(_message.Message):
+    __slots__ = ("max_batch_size", "num_launches", "num_steps", "num_entries", "num_tokens", "queue_us", "copy_in_us", "kernel_us", "copy_out_us")
+    MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAUNCHES_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    COPY_IN_US_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_US_FIELD_NUMBER: _ClassVar[int]
+    COPY_OUT_US_FIELD_NUMBER: _ClassVar[int]
+    max_batch_size: int
+    num_launches: int
+    num_steps: int
+    num_entries: int
+    num_tokens: int
+    queue_us: int
+    copy_in_us: int
+    kernel_us: int
+    copy_out_us: int
+    def __init__(self, max_batch_size: _Optional[int] = ..., num_launches: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_entries: _Optional[int] = ..., num_tokens: _Optional[int] = ..., queue_us: _Optional[int] = ..., copy_in_us: _Optional[int] = ..., kernel_us: _Optional[int] = ..., copy_out_us: _Optional[int] = ...) -> None: ...
+
+class PoolStats(_message.Message):
+    __slots__ = ("model", "num_blocks", "num_free_blocks")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    num_blocks: int
+    num_free_blocks: int
+    def __init__(self, model: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("model", "request_id")
@@ -198,7 +271,7 @@ class AppendResponse(_message.Message):
     def __init__(self, num_messages: _Optional[int] = ..., session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "step_key", "session_handles", "layers", "start_pos", "num_tokens", "q", "k", "v", "timeout_ms", "return_lse", "causal")
+    __slots__ = ("step_id", "step_key", "session_handles", "layers", "start_pos", "num_tokens", "q", "k", "v", "timeout_ms", "return_lse", "causal", "return_stage_times", "waits_for_answer", "out_region_offset", "lse_region_offset")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_KEY_FIELD_NUMBER: _ClassVar[int]
     SESSION_HANDLES_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +284,10 @@ class Step(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     RETURN_LSE_FIELD_NUMBER: _ClassVar[int]
     CAUSAL_FIELD_NUMBER: _ClassVar[int]
+    RETURN_STAGE_TIMES_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_ANSWER_FIELD_NUMBER: _ClassVar[int]
+    OUT_REGION_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LSE_REGION_OFFSET_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     step_key: int
     session_handles: _containers.RepeatedScalarFieldContainer[int]
@@ -223,21 +300,43 @@ class Step(_message.Message):
     timeout_ms: int
     return_lse: bool
     causal: bool
-    def __init__(self, step_id: _Optional[int] = ..., step_key: _Optional[int] = ..., session_handles: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., start_pos: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[Tensor, _Mapping]] = ..., k: _Optional[_Union[Tensor, _Mapping]] = ..., v: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., return_lse: _Optional[bool] = ..., causal: _Optional[bool] = ...) -> None: ...
+    return_stage_times: bool
+    waits_for_answer: bool
+    out_region_offset: int
+    lse_region_offset: int
+    def __init__(self, step_id: _Optional[int] = ..., step_key: _Optional[int] = ..., session_handles: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., start_pos: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[Tensor, _Mapping]] = ..., k: _Optional[_Union[Tensor, _Mapping]] = ..., v: _Optional[_Union[Tensor, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., return_lse: _Optional[bool] = ..., causal: _Optional[bool] = ..., return_stage_times: _Optional[bool] = ..., waits_for_answer: _Optional[bool] = ..., out_region_offset: _Optional[int] = ..., lse_region_offset: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "out", "lse", "entry_errors", "error")
+    __slots__ = ("step_id", "out", "lse", "entry_errors", "error", "stage_times")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     OUT_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
     ENTRY_ERRORS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    STAGE_TIMES_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     out: Tensor
     lse: Tensor
     entry_errors: _containers.RepeatedCompositeFieldContainer[EntryError]
     error: _status_pb2.Status
-    def __init__(self, step_id: _Optional[int] = ..., out: _Optional[_Union[Tensor, _Mapping]] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ..., entry_errors: _Optional[_Iterable[_Union[EntryError, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    stage_times: StageTimes
+    def __init__(self, step_id: _Optional[int] = ..., out: _Optional[_Union[Tensor, _Mapping]] = ..., lse: _Optional[_Union[Tensor, _Mapping]] = ..., entry_errors: _Optional[_Iterable[_Union[EntryError, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., stage_times: _Optional[_Union[StageTimes, _Mapping]] = ...) -> None: ...
+
+class StageTimes(_message.Message):
+    __slots__ = ("queue_us", "batch_size", "batch_tokens", "copy_in_us", "kernel_us", "copy_out_us")
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COPY_IN_US_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_US_FIELD_NUMBER: _ClassVar[int]
+    COPY_OUT_US_FIELD_NUMBER: _ClassVar[int]
+    queue_us: int
+    batch_size: int
+    batch_tokens: int
+    copy_in_us: int
+    kernel_us: int
+    copy_out_us: int
+    def __init__(self, queue_us: _Optional[int] = ..., batch_size: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., copy_in_us: _Optional[int] = ..., kernel_us: _Optional[int] = ..., copy_out_us: _Optional[int] = ...) -> None: ...
 
 class EntryError(_message.Message):
     __slots__ = ("entry_idx", "error")
@@ -248,16 +347,38 @@ class EntryError(_message.Message):
     def __init__(self, entry_idx: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("step",)
+    __slots__ = ("step", "region")
     STEP_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     step: Step
-    def __init__(self, step: _Optional[_Union[Step, _Mapping]] = ...) -> None: ...
+    region: RegionRequest
+    def __init__(self, step: _Optional[_Union[Step, _Mapping]] = ..., region: _Optional[_Union[RegionRequest, _Mapping]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("result",)
+    __slots__ = ("result", "region")
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     result: StepResult
-    def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ...) -> None: ...
+    region: RegionResponse
+    def __init__(self, result: _Optional[_Union[StepResult, _Mapping]] = ..., region: _Optional[_Union[RegionResponse, _Mapping]] = ...) -> None: ...
+
+class RegionRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RegionResponse(_message.Message):
+    __slots__ = ("process_id", "fd", "name", "num_bytes", "error")
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    process_id: int
+    fd: int
+    name: str
+    num_bytes: int
+    error: _status_pb2.Status
+    def __init__(self, process_id: _Optional[int] = ..., fd: _Optional[int] = ..., name: _Optional[str] = ..., num_bytes: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class DecodeOnceRequest(_message.Message):
     __slots__ = ("step",)

@@ -45,6 +45,11 @@ class OctavoServiceStub:
                 request_serializer=octavo_dot_v1_dot_octavo__pb2.ServerInfoRequest.SerializeToString,
                 response_deserializer=octavo_dot_v1_dot_octavo__pb2.ServerInfoResponse.FromString,
                 _registered_method=True)
+        self.ServerStats = channel.unary_unary(
+                '/octavo.v1.OctavoService/ServerStats',
+                request_serializer=octavo_dot_v1_dot_octavo__pb2.ServerStatsRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_octavo__pb2.ServerStatsResponse.FromString,
+                _registered_method=True)
         self.OpenSession = channel.unary_unary(
                 '/octavo.v1.OctavoService/OpenSession',
                 request_serializer=octavo_dot_v1_dot_octavo__pb2.OpenSessionRequest.SerializeToString,
@@ -103,6 +108,14 @@ class OctavoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ServerStats(self, request, context):
+        """Tells what the server has done since its start, in totals that only grow, and what it holds at this moment. Changes
+        nothing; safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenSession(self, request, context):
         """Opens an empty session of a model. Idempotent by `request_id`: repeating it returns the same session.
         Errors: MODEL_NOT_FOUND, SESSION_LIMIT, DUPLICATE_ENTRY (the request_id opened a session of another model).
@@ -145,9 +158,10 @@ class OctavoServiceServicer:
 
     def Append(self, request_iterator, context):
         """Appends K and V of prompts, without attention. Each message is one atomic entry for one layer, applied in the order
-        received. The call stops at the first message that is refused and ends with that error, whose details hold an
-        AppendResponse beside the ErrorInfo: the messages before it stay stored, and the client resumes there. A message repeated with the same step_key right
-        after it was stored is a replay: nothing is written again.
+        received; where decode steps wait too, most launches are theirs. The call stops at the first message that is refused and
+        ends with that error, whose details hold an AppendResponse beside the ErrorInfo: the messages before it stay stored, and
+        the client resumes there, after QUEUE_FULL once the hint's time has passed. A message repeated with the same step_key
+        right after it was stored is a replay: nothing is written again.
         Errors: as for a step, and STREAM_LIMIT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -180,6 +194,11 @@ def add_OctavoServiceServicer_to_server(servicer, server):
                     servicer.ServerInfo,
                     request_deserializer=octavo_dot_v1_dot_octavo__pb2.ServerInfoRequest.FromString,
                     response_serializer=octavo_dot_v1_dot_octavo__pb2.ServerInfoResponse.SerializeToString,
+            ),
+            'ServerStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.ServerStats,
+                    request_deserializer=octavo_dot_v1_dot_octavo__pb2.ServerStatsRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_octavo__pb2.ServerStatsResponse.SerializeToString,
             ),
             'OpenSession': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenSession,
@@ -255,6 +274,33 @@ class OctavoService:
             '/octavo.v1.OctavoService/ServerInfo',
             octavo_dot_v1_dot_octavo__pb2.ServerInfoRequest.SerializeToString,
             octavo_dot_v1_dot_octavo__pb2.ServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ServerStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.OctavoService/ServerStats',
+            octavo_dot_v1_dot_octavo__pb2.ServerStatsRequest.SerializeToString,
+            octavo_dot_v1_dot_octavo__pb2.ServerStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -154,8 +154,9 @@ class StoredTokens(NamedTuple):
 class Backend(Protocol):
     """Paged INT8 layers and the operations over them.
 
-    Calls come from one thread at a time. Sessions past their lengths may hold anything; a backend uses no slot that
-    neither this batch nor an earlier one stored, though it may read past kv_len within a tile.
+    Calls come from one thread at a time, and from the same one always where `binds_caller` says so. Sessions past their
+    lengths may hold anything; a backend uses no slot that neither this batch nor an earlier one stored, though it may
+    read past kv_len within a tile.
 
     In a `deterministic` model an entry is answered with the same bits whatever else is in the batch and however many
     threads there are. The same tokens cut into other entries (8 tokens in one, or one in each of 8) may differ in the
@@ -167,6 +168,9 @@ class Backend(Protocol):
 
     description: str
     """Device, instruction set and threads, for logs and ServerInfo."""
+
+    binds_caller: bool
+    """Whether steps must all come from one thread, which the backend binds to a core or a device."""
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raise UnsupportedError when this backend cannot serve `spec`; called before anything is allocated."""

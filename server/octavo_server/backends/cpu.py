@@ -73,6 +73,7 @@ class CpuBackend:
         except (ValueError, RuntimeError) as error:  # no such threads, or no more of them
             raise UnsupportedError(f"{num_threads} threads: {error}") from error
         weakref.finalize(self, self._ops.free_runtime, self._runtime).atexit = False
+        self.binds_caller = pin_threads
         self.num_threads: int = self._ops.runtime_threads(self._runtime)
         self.isa: str = self._ops.runtime_isa(self._runtime)
         pinned = " on a core each" if pin_threads else ""

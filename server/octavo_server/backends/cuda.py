@@ -87,6 +87,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    binds_caller = True  # the current device is the thread's
 
     def __init__(
         self, library: CudaLibrary, torch_device: torch.device, device_idx: int = 0

@@ -39,6 +39,7 @@ class ReferenceBackend:
     """Paged INT8 layers in host memory, as plainly as torch can say it. Implements `Backend`."""
 
     name = "reference"
+    binds_caller = False
     description = "reference: torch on the CPU, attention in float64"
 
     def check_model(self, spec: ModelSpec) -> None:

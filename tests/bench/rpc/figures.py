@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import grpc
 import numpy as np
 
-from octavo_client import Client
+from octavo_client import Client, _shared_memory
+from tests.bench.rpc import pytriton_peer
 from tests.bench.rpc.echo import OPTIONS
 from tests.bench.rpc.serve import MODEL, Process, serving
 from tests.bench.rpc.streams import (
@@ -31,11 +33,15 @@ Rounds = Mapping[str, Sequence[float]]
 
 OCTAVO, ECHO, ECHO_ASYNCIO = "Octavo, null backend", "echo", "echo, asyncio server"
 OCTAVO_CPU = "Octavo, cpu backend"
+OVER_TCP, OVER_UNIX, OVER_SHARED = "over TCP", "over a Unix socket", "in shared memory"
+PYTRITON = "PyTriton"
+BESIDE_PYTRITON = "one stream, 1 session a step, beside PyTriton, p50"
 
 NUM_WARM = 50
 UPLOAD_TOKENS = 8192
 UPLOAD_MESSAGE_BYTES = 1 << 20
 MANY_SESSIONS, ACTIVE_SESSIONS = 10_000, 64
+SAME_MACHINE_SESSIONS = (1, 8, 64)
 BATCHED_STREAMS, BATCHED_CONTEXT = 64, 4096
 
 
@@ -47,11 +53,13 @@ class Row:
         label: What.
         unit: Of the figures.
         rounds: The figures.
+        skipped: Why there are none.
     """
 
     label: str
     unit: str
     rounds: Rounds
+    skipped: str = ""
 
     def summary(self, name: str) -> Summary:
         """Return a contestant's figures, summarized."""
@@ -121,6 +129,21 @@ def latency(rig: Rig, num_sessions: int) -> tuple[Row, Row]:
     return Row(f"{what}, p50", "us", p50), Row(f"{what}, p99", "us", p99)
 
 
+def beside_pytriton(rig: Rig) -> Row:
+    """Time a step in turn with one over PyTriton's gRPC stream, with as many bytes; skipped where that is not there."""
+    p50: dict[str, list[float]] = {OCTAVO: [], PYTRITON: []}
+    try:
+        with pytriton_peer.peer() as peer, _open({OCTAVO: [rig.stream(OCTAVO, 1)]}) as streams:
+            peer.latencies_us(NUM_WARM)
+            for _ in range(rig.num_rounds):
+                ours = latencies_us(streams[OCTAVO][0], rig.num_calls)
+                p50[OCTAVO].append(float(np.percentile(ours, 50)))
+                p50[PYTRITON].append(float(np.percentile(peer.latencies_us(rig.num_calls), 50)))
+    except pytriton_peer.UnavailableError as reason:
+        return Row(BESIDE_PYTRITON, "us", {}, skipped=str(reason))
+    return Row(BESIDE_PYTRITON, "us", p50)
+
+
 def with_attention(rig: Rig, num_sessions: int, context: int) -> Row:
     """Time steps of one stream that the cpu backend answers, at some context."""
     names = (ECHO, OCTAVO_CPU)
@@ -131,6 +154,30 @@ def with_attention(rig: Rig, num_sessions: int, context: int) -> Row:
                 samples = latencies_us(streams[name][0], max(1, rig.num_calls // 10))
                 p50[name].append(float(np.percentile(samples, 50)))
     label = f"one stream, {num_sessions} session{'s' * (num_sessions > 1)} a step, context {context}, p50"
+    return Row(label, "us", p50)
+
+
+def same_machine(rig: Rig, num_sessions: int) -> Row:
+    """Time steps of one stream on each way that two processes of one machine have: the p50 of each round.
+
+    Shared memory is used whatever the step's size, and gRPC goes over TCP beside it.
+    """
+    server = rig.servers[OCTAVO]
+    with mock.patch.object(_shared_memory, "MIN_BYTES", 0), ExitStack() as stack:
+        streams = {
+            OVER_TCP: OctavoStream(server.target, num_sessions),
+            OVER_UNIX: OctavoStream(server.unix_target, num_sessions),
+            OVER_SHARED: OctavoStream(server.target, num_sessions, shared_memory=True),
+        }
+        p50: dict[str, list[float]] = {name: [] for name in streams}
+        for stream in streams.values():
+            stack.enter_context(stream)
+            latencies_us(stream, NUM_WARM)
+        assert streams[OVER_SHARED].is_sharing, "the server did not share memory"
+        for _ in range(rig.num_rounds):
+            for name, stream in streams.items():
+                p50[name].append(float(np.median(latencies_us(stream, rig.num_calls))))
+    label = f"one machine, {num_sessions} session{'s' * (num_sessions > 1)} a step, p50"
     return Row(label, "us", p50)
 
 
@@ -230,6 +277,7 @@ def measure(rig: Rig, say: Callable[[str], None]) -> Iterator[Row]:
     steps: list[tuple[str, Callable[[], Sequence[Row]]]] = [
         ("one stream, one session", lambda: latency(rig, 1)),
         ("one stream, 64 sessions", lambda: latency(rig, 64)),
+        ("one machine", lambda: [same_machine(rig, count) for count in SAME_MACHINE_SESSIONS]),
         *(
             (f"{count} streams", lambda count=count: [throughput(rig, count)])
             for count in (1, 8, 32)
@@ -237,6 +285,7 @@ def measure(rig: Rig, say: Callable[[str], None]) -> Iterator[Row]:
         ("the cpu backend, context 64", lambda: [with_attention(rig, n, 64) for n in (1, 64)]),
         ("the cpu backend, context 4,096", lambda: [with_attention(rig, 1, 4096)]),
         ("a prompt's upload", lambda: [upload(rig)]),
+        ("PyTriton", lambda: [beside_pytriton(rig)]),
         ("many idle sessions", lambda: [idle_sessions(rig)]),
         ("batching", lambda: [batching(rig)]),
     ]

@@ -28,6 +28,7 @@ class NullBackend:
     """Stores nothing and answers whatever its memory holds, in the shape and dtype that it was asked for."""
 
     name = "null"
+    binds_caller = False
     description = "null: nothing is stored or computed"
 
     def check_model(self, spec: ModelSpec) -> None:

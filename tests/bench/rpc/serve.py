@@ -2,7 +2,8 @@
 
     python -m tests.bench.rpc.serve KIND
 
-prints {"port": N}; then it answers each line on stdin with what it used and counted so far, and ends with stdin.
+prints {"port": N, "socket": PATH}, the path empty where there is none; then it answers each line on stdin with what it
+used and counted so far, and ends with stdin.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, get_args
 from unittest import mock
 
@@ -21,7 +24,7 @@ from octavo_server import server as server_module
 from octavo_server.backends.base import Backend
 from octavo_server.config import ModelConfig, ServerConfig
 from octavo_server.model import ModelSpec, default_sm_scale
-from octavo_server.server import Server
+from octavo_server.server import Server, settle_memory
 from tests.bench.rpc.echo import MAX_MESSAGE_BYTES, serve_asyncio, serve_sync
 from tests.bench.rpc.null_backend import CountingBackend, NullBackend
 from tests.bench.shapes import LLAMA
@@ -49,14 +52,21 @@ class Usage(NamedTuple):
 
 
 class Process:
-    """A running server."""
+    """A running server.
+
+    Attributes:
+        target: Its address.
+        unix_target: Its Unix socket, where it has one.
+    """
 
     def __init__(self, kind: Kind) -> None:
         command = [sys.executable, "-m", "tests.bench.rpc.serve", kind]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.target = f"127.0.0.1:{self._read()['port']}"
+        listening = self._read()
+        self.target = f"127.0.0.1:{listening['port']}"
+        self.unix_target = f"unix:{listening['socket']}"
 
     def usage(self) -> Usage:
         """Return what the process used so far."""
@@ -94,21 +104,24 @@ def main() -> None:
     """Serve until stdin ends."""
     kind = sys.argv[1]
     assert kind in get_args(Kind), f"KIND is one of {get_args(Kind)}"
-    backend = CountingBackend(NullBackend())
-    if kind == "echo-asyncio":
-        threading.Thread(
-            target=serve_asyncio, args=(ADDRESS, lambda port: _say(port=port)), daemon=True
-        ).start()
-    elif kind == "echo":
-        _server, port = serve_sync(ADDRESS, MAX_STREAMS)
-        _say(port=port)
-    else:
-        if kind == "octavo-cpu":
-            backend = CountingBackend(_cpu_backend())
-        _say(port=_serve_octavo(backend))
-    for _ in sys.stdin:
-        usage = Usage(time.process_time(), backend.num_launches, backend.num_entries)
-        _say(**usage._asdict())
+    backend = CountingBackend(_cpu_backend() if kind == "octavo-cpu" else NullBackend())
+    with TemporaryDirectory() as folder:
+        if kind == "echo-asyncio":
+            run = partial(serve_asyncio, ADDRESS, _say_where)
+            threading.Thread(target=run, daemon=True).start()
+        elif kind == "echo":
+            _server, port = serve_sync(ADDRESS, MAX_STREAMS)
+            _say_where(port)
+        else:
+            path = f"{folder}/octavo.sock"
+            _say_where(_serve_octavo(backend, path), path)
+        for _ in sys.stdin:
+            usage = Usage(time.process_time(), backend.num_launches, backend.num_entries)
+            _say(**usage._asdict())
+
+
+def _say_where(port: int, path: str = "") -> None:
+    _say(port=port, socket=path)
 
 
 def _cpu_backend() -> Backend:
@@ -117,7 +130,7 @@ def _cpu_backend() -> Backend:
     return CpuBackend()
 
 
-def _serve_octavo(backend: CountingBackend) -> int:
+def _serve_octavo(backend: CountingBackend, unix_socket: str) -> int:
     is_null = backend.name == "null"
     spec = ModelSpec(
         name=MODEL,
@@ -136,11 +149,14 @@ def _serve_octavo(backend: CountingBackend) -> int:
         max_sessions=MAX_SESSIONS,
         max_streams=MAX_STREAMS,
         max_message_bytes=MAX_MESSAGE_BYTES,
+        unix_socket=unix_socket,
+        shared_memory=True,
         models=(ModelConfig(spec, num_blocks=NULL_BLOCKS if is_null else CPU_BLOCKS),),
     )
     # The server's own way to a backend, with this one at its end.
     with mock.patch.object(server_module, "create_backend", return_value=backend):
         server = Server(config)
+    settle_memory()
     return server.start()
 
 

@@ -67,11 +67,14 @@ class OctavoStream:
         target: An Octavo server.
         num_sessions: Sessions of every step.
         context: Tokens that they hold at first.
+        shared_memory: Whether the tensors lie in shared memory.
     """
 
-    def __init__(self, target: str, num_sessions: int, context: int = 0) -> None:
+    def __init__(
+        self, target: str, num_sessions: int, context: int = 0, *, shared_memory: bool = False
+    ) -> None:
         rng = np.random.default_rng(0)
-        self._client = Client(target)
+        self._client = Client(target, shared_memory=shared_memory)
         self._sessions = [self._client.open_session(MODEL) for _ in range(num_sessions)]
         if context:
             prompt = (2, 1, context, LLAMA.num_kv_heads, LLAMA.head_dim)
@@ -91,6 +94,12 @@ class OctavoStream:
         entries = [Entry(session, 0, 1) for session in self._sessions]
         result = self._client.decode_batch(entries, *self._tensors)
         assert not result.errors, result.errors
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether the stream has a region."""
+        memory = self._client._memory
+        return memory is not None and memory._region is not None
 
     def open_more(self, count: int) -> None:
         """Open sessions that no step uses."""
