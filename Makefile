@@ -9,6 +9,8 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+LOAD_SERVER ?= --model name=llama,num_layers=4,num_q_heads=32,num_kv_heads=8,head_dim=128,max_context=8192,num_blocks=4096
+LOAD_ARGS ?= --concurrency 1,2,4,8,16 --prompt-tokens 64:0.5,1024:0.4,4000:0.1 --output-tokens 16-64 --html build/load.html
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo test test-asan test-tsan test-gpu bench-cpu bench-rpc pay-page bench-gpu lint format proto build wheel clean compiler-is-there
+.PHONY: help demo load test test-asan test-tsan test-gpu bench-cpu bench-rpc pay-page bench-gpu lint format proto build wheel clean compiler-is-there
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +38,10 @@ help:  ## List the targets.
 demo: compiler-is-there $(DEMO_STAMP)  ## Serve a real model's decoding on loopback: text, speed, quality.
 	$(BIN)/octavo-server build
 	$(BIN)/octavo-demo $(DEMO_ARGS)
+
+load: compiler-is-there $(DEV_STAMP)  ## Load test a server on loopback; report in build/.
+	$(BIN)/octavo-server build
+	$(BIN)/octavo-load --start-server "$(LOAD_SERVER)" $(LOAD_ARGS)
 
 test: compiler-is-there $(DEV_STAMP)  ## Run all tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -16,6 +16,8 @@ BLOCK = "import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module({m
         ("octavo_server", ["build"], "torch", "octavo[server]"),
         ("octavo_client.demo", ["--help"], "rich", "octavo[server,demo]"),
         ("octavo_client.demo", ["--help"], "threadpoolctl", "octavo[server,demo]"),
+        ("octavo_client.load", ["--help"], "rich", "octavo[load]"),
+        ("octavo_client.load", ["--target", "x", "--html", "y"], "matplotlib", "octavo[load]"),
     ],
 )
 def test_a_missing_package_is_one_sentence(

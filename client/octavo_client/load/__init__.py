@@ -1,0 +1,1 @@
+"""The load test: `octavo-load`, also as `python -m octavo_client.load`."""
