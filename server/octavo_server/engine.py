@@ -75,6 +75,7 @@ class Engine:
         self._lock = threading.Lock()
         self._has_work = threading.Condition(self._lock)
         self._is_idle = threading.Condition(self._lock)
+        self._last_launch_s = 0.0
         self._is_busy = self._is_draining = self._is_stopped = self._has_failed = False
         self._thread = threading.Thread(target=self._take_turns, name="octavo-engine", daemon=True)
 
@@ -214,7 +215,7 @@ class Engine:
         arrived_at: float | None = None,
         *,
         client: Hashable = None,
-        may_lead: bool = False,
+        lead_s: float = 0.0,
     ) -> None:
         """Queue a step.
 
@@ -224,7 +225,8 @@ class Engine:
             is_cancelled: Asked when the step's turn comes; a cancelled step is dropped, unapplied and unanswered.
             arrived_at: When it was read, and its timeout began, on time.monotonic(); now by default.
             client: Whose it is; clients take turns when a launch cannot take all that is queued.
-            may_lead: Whether an idle engine may run the step here and now, before this returns.
+            lead_s: Run the step here and now, before this returns, if the engine is idle and its last launch took less
+                than so many seconds.
 
         Raises:
             OctavoError: The step cannot be queued: EMPTY_STEP, SHAPE_MISMATCH, DTYPE_MISMATCH, DUPLICATE_ENTRY,
@@ -241,7 +243,7 @@ class Engine:
             return
         check_tensors(request, pool.spec)
         step = QueuedStep(request, sessions, pool, answer, arrived_at)
-        if may_lead and self._begin_alone():
+        if lead_s and self._begin_alone(lead_s):
             self._take(Turn([step], []))
         else:
             self._enqueue(work_item(step, is_cancelled, client))
@@ -258,13 +260,14 @@ class Engine:
         self._enqueue(WorkItem(queued, frozenset([key]), is_cancelled=future.cancelled))
         return future
 
-    def _begin_alone(self) -> bool:
-        """Begin a turn for this thread, if the engine is idle and its backend takes any thread."""
+    def _begin_alone(self, lead_s: float) -> bool:
+        """Begin a turn for this thread, if the engine is idle, its backend takes any thread, and launches are short."""
         with self._lock:
             self._check_accepting()
             is_idle = not (self._is_busy or len(self._scheduler) or self._backend.binds_caller)
-            self._is_busy |= is_idle
-            return is_idle
+            begins = is_idle and self._last_launch_s < lead_s
+            self._is_busy |= begins
+            return begins
 
     def _enqueue(self, item: WorkItem[Queued]) -> None:
         with self._lock:
@@ -366,6 +369,7 @@ class Engine:
             step.answer(answer)
             first_row += step.request.total_tokens
         # Only the thread that runs a launch writes here, and one runs at a time.
+        self._last_launch_s = times.ran_at - times.began_at
         totals.copy_out_s += time.monotonic() - times.ran_at
 
     def _fail(self, error: Exception) -> None:

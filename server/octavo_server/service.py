@@ -5,6 +5,7 @@ Handlers take raw bytes and parse them here, so that garbage is refused with a r
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -23,7 +24,8 @@ from octavo_server.request_reader import RequestReader
 from octavo_server.shared_memory import StreamMemory
 from octavo_server.stats import ServerStats
 from octavo_server.step import StepAnswer, StepRequest
-from octavo_server.step_stream import Respond, StepStream
+from octavo_server.step_stream import StepStream
+from octavo_server.stream_call import Respond, stream_call
 from octavo_server.traffic import Traffic
 
 SERVICE_NAME = v1.DESCRIPTOR.services_by_name["OctavoService"].full_name
@@ -265,12 +267,11 @@ class OctavoService:
         ):
             stream = StepStream(
                 self._engine,
-                traffic.receiving(requests),
-                context,
-                traffic.responding(respond),
+                stream_call(requests, context, respond),
                 self._limits.max_steps_in_flight,
                 self._count_refusals,
                 memory,
+                traffic,
             )
             self._step_streams.add(stream)
             try:
@@ -299,7 +300,7 @@ class OctavoService:
             lambda answer: _resolve(future, answer),
             future.cancelled,
             client=caller,
-            may_lead=True,
+            lead_s=math.inf,
         )
         answer = caller.wait(future)
         if answer.error is not None:

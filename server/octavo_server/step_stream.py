@@ -1,8 +1,8 @@
 """One Decode stream: takes steps in their order and answers them, several in flight, in the order of completion.
 
-A switch of threads costs as much as all else that Python does for a step of one session. So the thread that reads also
-answers, and where the engine is idle runs the launch, for a client that waits for each answer before it sends more, and
-says so. The steps of one that does not are answered by a second thread, while the first reads on.
+A step is submitted where its message arrives, and its answer sent where it is made; neither waits for the client. One
+that waits for each answer before it sends more says so, and has its step run where it arrives, if the engine is idle
+and launches are short: handing it to another thread would take longer.
 """
 
 from __future__ import annotations
@@ -10,182 +10,144 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from collections.abc import Callable
 
-import grpc
-
-from octavo_server import codec, status
+from octavo_server import codec
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.shared_memory import IN_RESULT, AnswerPlace, StreamMemory
 from octavo_server.step import StepAnswer
+from octavo_server.stream_call import StreamCall
+from octavo_server.traffic import StreamTraffic
 
 log = logging.getLogger(__name__)
 
-Respond = Callable[[bytes | None], None]
-"""Sends a response and waits until it has gone; None ends the call with the status that its context was given."""
-
-_Mailbox = SimpleQueue[tuple[int, StepAnswer, AnswerPlace] | None]
-"""Step ids, answers and where they go; None wakes the thread that waits, for the stream is over."""
+SHORT_LAUNCH_S = 300e-6
+"""Launches that may run where messages arrive, and hold up others: not much longer than switching threads takes."""
 
 
 class StepStream:
-    """Feeds the engine from a stream's requests, in their order, and sends the results.
+    """Feeds the engine from a stream's messages, in their order, and sends the results.
 
-    No more is read while `max_steps_in_flight` steps are unanswered or their results unsent, so a slow reader holds up
-    only itself.
+    No more than one is read while `max_steps_in_flight` steps are unanswered or their results unsent, so a slow reader
+    holds up only itself.
 
     Args:
         engine: Runs the steps.
-        requests: Messages of the stream, unparsed.
-        context: The call.
-        respond: Sends results; one thread at a time.
+        call: The stream.
         max_steps_in_flight: Steps accepted before a result goes out.
         count_refusals: Told of every answer.
         memory: What the stream may share with its client.
+        traffic: Counts bytes.
     """
 
     def __init__(
         self,
         engine: Engine,
-        requests: Iterator[bytes],
-        context: grpc.ServicerContext,
-        respond: Respond,
+        call: StreamCall,
         max_steps_in_flight: int,
         count_refusals: Callable[[StepAnswer], None],
         memory: StreamMemory,
+        traffic: StreamTraffic,
     ) -> None:
         self._engine = engine
-        self._requests = requests
-        self._context = context
-        self._respond = respond
+        self._call = call
+        self._max_unsent = max_steps_in_flight
         self._count_refusals = count_refusals
         self._memory = memory
-        self._slots = threading.Semaphore(max_steps_in_flight)
-        self._own_answers: _Mailbox = SimpleQueue()
-        self._answers: _Mailbox = SimpleQueue()
-        self._sender: threading.Thread | None = None
-        self._is_sending = threading.Lock()
+        self._traffic = traffic
         self._lock = threading.Lock()
         self._num_unsent = 0
+        self._held: tuple[bytes, float] | None = None
+        self._has_read_all = self._is_over = False
         self._end: OctavoError | None = None
-        self._is_over = False
 
     def run(self) -> None:
         """Answer steps until the client has sent its last and has every answer, or is gone."""
-        if not self._context.add_callback(self._cancel):
-            return
-        try:
-            for data in self._requests:
-                self._take(data, time.monotonic())
-        except grpc.RpcError:
-            return  # The client is gone; `_cancel` has been told.
-        finally:
-            self._answers.put(None)
-        if self._sender is not None:
-            self._sender.join()
-        with self._lock:
-            self._finish(None)
+        self._call.run(self)
 
     def end(self, error: OctavoError) -> None:
         """End the stream with an error, once every answer that is there has gone out."""
         with self._lock:
             self._end = error
-            if self._num_unsent == 0:
-                self._finish(error)
+            self._finish_if_done()
 
-    def _cancel(self) -> None:
-        self._is_over = True
-        self._own_answers.put(None)
-        self._answers.put(None)
-        self._slots.release()
-
-    def _take(self, data: bytes, arrived_at: float) -> None:
-        """Submit a step; answer it as well, if its client waits for that."""
+    def on_message(self, data: bytes) -> bool:
+        """Take a step; one for which there is no room is held until there is, and nothing read until then."""
+        arrived_at = time.monotonic()
         with self._lock:
+            self._traffic.received_bytes += len(data)
+            if self._num_unsent == self._max_unsent:
+                self._held = data, arrived_at
+                return False
             self._num_unsent += 1
-        if self._submit(data, arrived_at):
-            own = self._own_answers.get()
-            if own is not None:
-                self._send(*own)
+        self._submit(data, arrived_at)
+        return True
 
-    def _submit(self, data: bytes, arrived_at: float) -> bool:
-        """Submit a step; returns whether its answer comes to `_own_answers`, else to `_answers`."""
-        step_id, answers = 0, self._own_answers
+    def on_sent(self) -> None:
+        """Note that an answer has gone out."""
+        with self._lock:
+            held, self._held = self._held, None
+            if held is None:
+                self._num_unsent -= 1
+                self._finish_if_done()
+        if held is not None:
+            self._submit(*held)
+            self._call.read_on()
+
+    def on_end(self) -> None:
+        """Note that the client has sent its last step."""
+        with self._lock:
+            self._has_read_all = True
+            self._finish_if_done()
+
+    def on_over(self) -> None:
+        """Note that nobody waits for answers any more."""
+        self._is_over = True
+
+    def _submit(self, data: bytes, arrived_at: float) -> None:
+        step_id = 0
         try:
             if codec.asks_for_region(data):
-                self._post(codec.encode_region(self._memory.open()))
-                return False
+                self._send(codec.encode_region(self._memory.open()))
+                return
             step, tensors = codec.parse_step(data)
-            step_id, is_awaited = step.step_id, step.waits_for_answer
-            if not is_awaited:
-                self._slots.acquire()
-                answers = self._answers
-                self._ensure_sender()
+            step_id = step.step_id
             region = self._memory.region
             request = codec.read_step(step, tensors, region)
             place = codec.read_place(step, tensors, request, region)
             self._engine.submit(
                 request,
-                lambda answer: answers.put((step_id, answer, place)),
+                lambda answer: self._answer(step_id, answer, place),
                 lambda: self._is_over,
                 arrived_at,
                 client=self,
-                may_lead=is_awaited,
+                lead_s=SHORT_LAUNCH_S if step.waits_for_answer else 0.0,
             )
         except OctavoError as error:
-            answers.put((step_id, StepAnswer(error=error), IN_RESULT))
+            self._answer(step_id, StepAnswer(error=error))
         except Exception:
             # A defect of ours; the stream must not fall silent for it.
             log.exception("a step of %d bytes could not be taken", len(data))
             defect = mismatch(Reason.MALFORMED_MESSAGE, "step", "one that can be taken", "another")
-            answers.put((step_id, StepAnswer(error=defect), IN_RESULT))
-        return answers is self._own_answers
+            self._answer(step_id, StepAnswer(error=defect))
 
-    def _ensure_sender(self) -> None:
-        if self._sender is None:
-            name = "octavo-stream-sender"
-            self._sender = threading.Thread(target=self._run_sender, name=name, daemon=True)
-            self._sender.start()
-
-    def _run_sender(self) -> None:
+    def _answer(self, step_id: int, answer: StepAnswer, place: AnswerPlace = IN_RESULT) -> None:
         try:
-            self._send_answers()
+            self._count_refusals(answer)
+            self._send(codec.encode_response(step_id, answer, place))
         except Exception:
-            # A defect of ours; the client is told by the end of the call, rather than left to wait.
+            # A defect of ours, and not the engine's; the client is told rather than left to wait.
             log.exception("an answer could not be sent")
-            self._context.cancel()  # type: ignore[no-untyped-call]
+            self._call.cancel()
 
-    def _send_answers(self) -> None:
-        """Send what `_answers` brings until all that was read is answered and no more is to come."""
-        has_read_all = False
-        while not (has_read_all and self._num_unsent == 0):
-            item = self._answers.get()
-            if self._is_over:
-                return
-            if item is None:
-                has_read_all = True
-            else:
-                self._send(*item)
-                self._slots.release()
-
-    def _send(self, step_id: int, answer: StepAnswer, place: AnswerPlace) -> None:
-        self._count_refusals(answer)
-        self._post(codec.encode_response(step_id, answer, place))
-
-    def _post(self, response: bytes) -> None:
-        with self._is_sending:
-            self._respond(response)
+    def _send(self, message: bytes) -> None:
         with self._lock:
-            self._num_unsent -= 1
-            if self._end is not None and self._num_unsent == 0:
-                self._finish(self._end)
+            self._traffic.sent_bytes += len(message)
+        self._call.send(message)
 
-    def _finish(self, error: OctavoError | None) -> None:
-        if self._is_over:
-            return
-        self._is_over = True
-        if error is not None:
-            status.set_status(self._context, error)
-        self._respond(None)
+    def _finish_if_done(self) -> None:
+        is_last = self._has_read_all or self._end is not None
+        if is_last and self._num_unsent == 0 and not self._is_over:
+            self._is_over = True
+            self._call.finish(self._end)

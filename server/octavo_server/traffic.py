@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from octavo_server.errors import OctavoError
@@ -24,16 +24,6 @@ class StreamTraffic:
         for message in messages:
             self.received_bytes += len(message)
             yield message
-
-    def responding(self, respond: Callable[[bytes | None], None]) -> Callable[[bytes | None], None]:
-        """Return `respond`, which sends to the client, with what it sends counted; None is no message."""
-
-        def send(message: bytes | None) -> None:
-            if message is not None:
-                self.sent_bytes += len(message)
-            respond(message)
-
-        return send
 
 
 class Traffic:

@@ -102,7 +102,7 @@ def test_a_client_that_waits_for_each_answer_gets_them_in_order(wire: Wire) -> N
     assert answered == [step.step_id for step in steps]
 
 
-def test_a_step_whose_client_waits_is_read_on_after_it_alone(wire: Wire) -> None:
+def test_the_next_step_is_read_whether_or_not_the_client_says_that_it_waits(wire: Wire) -> None:
     caching, other = wire.open(), wire.open()
     with wire.stream() as stream, wire.stream() as second:
         with wire.busy():
@@ -110,7 +110,7 @@ def test_a_step_whose_client_waits_is_read_on_after_it_alone(wire: Wire) -> None
             stream.send(wire.step((caching, 1, 1)))
             second.send(wire.step((other, 0, 1)))
             second.send(wire.step((other, 1, 1)))
-            wait_until(lambda: len(wire.queue) == 3)
+            wait_until(lambda: len(wire.queue) == 4)
         for _ in range(2):
             assert not stream.receive().HasField("error")
             assert not second.receive().HasField("error")

@@ -1,5 +1,6 @@
 """The engine on a backend without kernels: batching, isolation of refusals, order, deadlines, drain and failure."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -415,7 +416,7 @@ def test_an_idle_engine_runs_a_step_in_the_thread_that_brings_it(bench: Bench) -
     bench.backend.binds_caller = False
     handle = bench.open()
     answers: list[StepAnswer] = []
-    bench.engine.submit(step((handle, 0, 0, 1)), answers.append, may_lead=True)
+    bench.engine.submit(step((handle, 0, 0, 1)), answers.append, lead_s=math.inf)
     assert [answer.error for answer in answers] == [None]
     assert bench.backend.threads[-1] is threading.current_thread()
     assert bench.run(step((handle, 0, 1, 1))).error is None
@@ -425,7 +426,7 @@ def test_an_idle_engine_runs_a_step_in_the_thread_that_brings_it(bench: Bench) -
 def test_a_backend_that_binds_its_caller_has_one(bench: Bench) -> None:
     bench.backend.binds_caller = True
     answers: SimpleQueue[StepAnswer] = SimpleQueue()
-    bench.engine.submit(step((bench.open(), 0, 0, 1)), answers.put, may_lead=True)
+    bench.engine.submit(step((bench.open(), 0, 0, 1)), answers.put, lead_s=math.inf)
     assert answers.get(timeout=WAIT_S).error is None
     assert {thread.name for thread in bench.backend.threads} == {"octavo-engine"}
 
@@ -436,12 +437,12 @@ def test_a_step_that_comes_while_another_thread_leads_is_the_engines(bench: Benc
     leader = threading.Thread(
         target=bench.engine.submit,
         args=(step((first, 0, 0, 1)), lambda _: None),
-        kwargs={"may_lead": True},
+        kwargs={"lead_s": math.inf},
     )
     leader.start()
     assert bench.backend.is_running.wait(WAIT_S)
     answers: SimpleQueue[StepAnswer] = SimpleQueue()
-    bench.engine.submit(step((second, 0, 0, 1)), answers.put, may_lead=True)
+    bench.engine.submit(step((second, 0, 0, 1)), answers.put, lead_s=math.inf)
     bench.backend.may_run.set()
     assert answers.get(timeout=WAIT_S).error is None
     leader.join(WAIT_S)
@@ -453,7 +454,7 @@ def test_draining_waits_for_whoever_leads(bench: Bench) -> None:
     bench.backend.may_run.clear()
     request = step((bench.open(), 0, 0, 1))
     leader = threading.Thread(
-        target=bench.engine.submit, args=(request, lambda _: None), kwargs={"may_lead": True}
+        target=bench.engine.submit, args=(request, lambda _: None), kwargs={"lead_s": math.inf}
     )
     leader.start()
     assert bench.backend.is_running.wait(WAIT_S)

@@ -28,6 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "shared_memory",
             "status",
             "step_stream",
+            "stream_call",
             "traffic",
             "unix_socket",
         }

@@ -46,7 +46,7 @@ CLIENT = (
 )
 
 SERVER = (
-    Stage("take it off the stream, book-keeping", step_stream.StepStream, "_take"),
+    Stage("take it off the stream, book-keeping", step_stream.StepStream, "on_message"),
     Stage("parse the message", codec, "parse_step"),
     Stage("view the tensors, read the entries", codec, "read_step"),
     Stage("check, queue, begin a turn", engine.Engine, "submit"),
@@ -58,11 +58,7 @@ SERVER = (
     Stage("settle", engine, "settle"),
     Stage("cut the answer out", engine, "answer_step"),
     Stage("encode the answer", codec, "encode_response"),
-    Stage(
-        "send it (gRPC's threads; the client has it before this ends)",
-        step_stream.StepStream,
-        "_post",
-    ),
+    Stage("hand it to gRPC", step_stream.StepStream, "_send"),
 )
 
 
