@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import grpc
 
+from octavo_client._signals import others_may_raise
+
 try:
     from grpc._cython import cygrpc  # type: ignore[attr-defined]
 except ImportError:
@@ -43,7 +45,12 @@ class DecodeCall(Protocol):
 
 
 def open_call(channel: grpc.Channel, method: str) -> DecodeCall:
-    """Open a call whose messages are bytes both ways, in the fastest way that this grpcio has."""
+    """Open a call whose messages are bytes both ways, in the fastest way that this grpcio and this program allow.
+
+    A program whose signal handlers may raise gets the public kind, which stands that at any moment.
+    """
+    if others_may_raise():
+        return QueuedCall(channel, method)
     try:
         return DirectCall(channel, method)
     except (AttributeError, TypeError):
@@ -113,6 +120,7 @@ class DirectCall:
 
     def __init__(self, channel: Any, method: str) -> None:
         self._lock = threading.Lock()
+        self._is_draining = threading.Lock()
         self._unsent: deque[bytes] = deque()
         self._due = {_STARTED, _ENDED}
         self._end: CallEnded | None = None
@@ -159,8 +167,9 @@ class DirectCall:
 
     def drain(self) -> None:
         """Fetch every event that is due."""
-        while self._due:
-            self._take_event()
+        with self._is_draining:
+            while self._due:
+                self._take_event()
 
     def _operate(self, operation: Any, event: int) -> None:
         if self._call.operate((operation,), event):

@@ -241,6 +241,11 @@ def _copy(array: HostArray, room: NDArray[np.uint8]) -> HostArray:
     return placed
 
 
+def _check_name(path: str, name: str) -> None:
+    if not os.readlink(path).startswith(f"/memfd:{name} "):
+        raise ValueError(f"{path} is another file")
+
+
 def _open(answer: pb.RegionResponse) -> mmap.mmap:
     """Map the memory that a server made.
 
@@ -248,11 +253,12 @@ def _open(answer: pb.RegionResponse) -> mmap.mmap:
         OSError, ValueError: It is not there, not ours to open, or not what it must be.
     """
     path = f"/proc/{answer.process_id}/fd/{answer.fd}"
-    # Before it is opened, which in another process than the server's might be anything.
-    if not os.readlink(path).startswith(f"/memfd:{answer.name} "):
-        raise ValueError(f"{path} is another file")
+    # Before it is opened, which in another process than the server's might be anything; and after, as the stream may
+    # have ended in between, and another one's memory be there.
+    _check_name(path, answer.name)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
+        _check_name(f"/proc/self/fd/{fd}", answer.name)
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise ValueError(f"{path} may shrink")
         if os.fstat(fd).st_size != answer.num_bytes:

@@ -23,6 +23,7 @@ from octavo_client._errors import ClientClosed, MessageTooLarge, OctavoError
 from octavo_client._exchange import Exchange, Job, Outcome, deliver, unexpected
 from octavo_client._retry import Backoff, is_passing
 from octavo_client._shared_memory import SharedMemory
+from octavo_client._signals import Interrupts
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Draft
 
@@ -56,6 +57,7 @@ class DecodeStream:
         self._own_reader: Future[Any] | None = None
         self._own_thread: threading.Thread | None = None
         self._failure: OctavoError | None = None
+        self._is_cut = False
         self._reader: threading.Thread | None = None
         self._watcher: threading.Thread | None = None
         self._watch_until = float("inf")
@@ -81,7 +83,8 @@ class DecodeStream:
         Raises:
             ClientClosed, ValueError: It cannot be placed.
         """
-        future, _ = self._place(draft, is_single=is_single, may_read=False)
+        with Interrupts():
+            future, _ = self._place(draft, is_single=is_single, may_read=False)
         return future
 
     def run(self, draft: Draft, *, is_single: bool) -> Any:
@@ -91,9 +94,11 @@ class DecodeStream:
             ClientClosed, ValueError: It cannot be placed.
             OctavoError: What became of it.
         """
-        future, call = self._place(draft, is_single=is_single, may_read=True)
-        if call is not None:
-            self._read_own(call, future)
+        with Interrupts() as interrupts:
+            future, call = self._place(draft, is_single=is_single, may_read=True)
+            if call is not None:
+                interrupts.waits_for(call.cancel)
+                self._read_own(call, future)
         return future.result()
 
     def _place(
@@ -104,7 +109,8 @@ class DecodeStream:
         future.set_running_or_notify_cancel()
         with self._lock:
             self.check_open()
-            is_lone = may_read and not (self._is_reading or len(self._exchange) or self._failure)
+            is_read = self._is_reading or self._own_thread is not None
+            is_lone = may_read and not (is_read or len(self._exchange) or self._failure)
             call = self._call if is_lone else None
             draft.header.waits_for_answer = call is not None
             now = time.monotonic()
@@ -132,10 +138,12 @@ class DecodeStream:
             self._to_read.notify()
         deliver(outcomes)
         if call is not None:
-            call.cancel()
+            with Interrupts():
+                call.cancel()
         self._wait_for_readers(threads)
         if call is not None:
-            call.drain()
+            with Interrupts():
+                call.drain()
         with self._lock:
             self._exchange.on_broken()
 
@@ -185,7 +193,8 @@ class DecodeStream:
             error = self._read_to_end()
             if error is None:
                 continue
-            if isinstance(error, MessageTooLarge) and self._fail_too_large(error):
+            was_cut, self._is_cut = self._is_cut, False
+            if was_cut or (isinstance(error, MessageTooLarge) and self._fail_too_large(error)):
                 delay: float | None = 0.0
             else:
                 delay = self._backoff.next_delay(error) if is_passing(error) else None
@@ -296,9 +305,11 @@ class DecodeStream:
                 outcomes, to_send, _ = self._exchange.expire(time.monotonic())
                 self._send(to_send)
                 own, call = self._own_reader, self._call
-            deliver(outcomes)
-            if call is not None and any(outcome.future is own for outcome in outcomes):
+                is_cut = call is not None and any(o.future is own for o in outcomes)
+                self._is_cut |= is_cut
+            if call is not None and is_cut:
                 call.cancel()  # The caller waits in a read, which has no timeout.
+            deliver(outcomes)
 
 
 def _start(target: Callable[[], None], name: str) -> threading.Thread:

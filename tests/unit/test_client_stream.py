@@ -438,6 +438,109 @@ def test_a_client_is_closed_while_a_caller_reads(server: FakeServer, client: oc.
     assert len(raised) == 1
 
 
+def test_a_caller_does_not_read_while_another_is_still_in_its_read(
+    server: FakeServer, client: oc.Client, session: oc.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.decode(0, *tensors())
+    stream = client._stream
+    may_leave, is_answered = threading.Event(), threading.Event()
+    readers: list[str] = []
+    read = stream._read
+
+    def held_read(*args: Any) -> Any:
+        readers.append(threading.current_thread().name)
+        result = read(*args)
+        if threading.current_thread().name == "first":
+            is_answered.set()
+            assert may_leave.wait(10)
+        return result
+
+    monkeypatch.setattr(stream, "_read", held_read)
+    first = threading.Thread(target=lambda: session.decode(0, *tensors()), name="first")
+    first.start()
+    assert is_answered.wait(10)
+    second = session.submit(1, *tensors())
+    third = threading.Thread(target=lambda: session.decode(1, *tensors()), name="third")
+    third.start()
+    may_leave.set()
+    second.result(10)
+    for thread in (first, third):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert "third" not in readers
+    assert server.calls["Decode"] == 1
+
+
+def test_many_threads_decode_over_one_client(server: FakeServer, session: oc.Session) -> None:
+    served = [0]
+
+    def decode(layer: int) -> None:
+        for _ in range(400):
+            session.decode(layer, *tensors(), timeout=20)
+            served[0] += 1
+
+    session.decode(0, *tensors())
+    threads = [threading.Thread(target=decode, args=(layer,)) for layer in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert served == [800]
+    assert server.calls["Decode"] == 1
+
+
+def test_a_callers_timeout_costs_others_no_attempt(server: FakeServer) -> None:
+    with oc.Client(server.target, retry=oc.Retry(max_attempts=1)) as client:
+        session = client.open_session("tiny")
+        session.decode(0, *tensors())
+        is_there = threading.Event()
+
+        def act(_step: Any) -> pb.StepResult:
+            is_there.set()
+            return SILENCE
+
+        server.on_step = act
+        fates: list[type[Exception]] = []
+
+        def decode() -> None:
+            try:
+                session.decode(0, *tensors(), timeout=0.5)
+            except oc.OctavoError as error:
+                fates.append(type(error))
+
+        waiting = threading.Thread(target=decode)
+        waiting.start()
+        assert is_there.wait(10)
+        healthy = session.submit(1, *tensors())
+        wait_until(lambda: len(server.steps) >= 3)
+        server.on_step = lambda step: None
+        assert healthy.result(20) is not None
+        waiting.join(10)
+        assert fates == [oc.StepTimeout]
+
+
+def test_two_threads_may_close_a_client(server: FakeServer) -> None:
+    for _ in range(20):
+        client = oc.Client(server.target)
+        client.open_session("tiny").decode(0, *tensors())
+        raised: list[BaseException] = []
+        barrier = threading.Barrier(2)
+
+        def close(client: oc.Client = client, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            try:
+                client.close()
+            except BaseException as error:
+                raised.append(error)  # noqa: B023 - joined before the next round
+
+        threads = [threading.Thread(target=close) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert raised == []
+
+
 def test_a_client_is_closed_by_a_callback(server: FakeServer, client: oc.Client) -> None:
     session = client.open_session("tiny")
     is_closed = threading.Event()

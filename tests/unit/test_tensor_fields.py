@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.v1 import octavo_pb2 as pb
+from octavo.v1 import tensor_fields
 from octavo.v1.tensor_fields import TensorField, cut_tensors, only_field, tensor_of
 
 TENSORS = frozenset([pb.Step.Q_FIELD_NUMBER, pb.Step.K_FIELD_NUMBER, pb.Step.V_FIELD_NUMBER])
@@ -111,3 +112,11 @@ def test_a_tensor_in_two_pieces_is_left_to_protobuf() -> None:
     piece = pb.Step(q=pb.Tensor(data=b"ab")).SerializeToString()
     with pytest.raises(ValueError, match="twice"):
         cut_tensors(piece + piece, TENSORS)
+
+
+def test_large_fields_are_not_kept() -> None:
+    known = tensor_fields._read_known_rest.cache_info().currsize
+    for number in range(20):
+        tensor = pb.Tensor(shape=[number] * 1000)
+        cut_tensors(pb.Step(q=tensor).SerializeToString(), TENSORS)
+    assert tensor_fields._read_known_rest.cache_info().currsize == known

@@ -94,18 +94,24 @@ def only_field(message: bytes, number: int) -> Span:
 
 def _tensor(message: bytes, span: Span) -> TensorField:
     rest, spans = _cut(message, _DATA, span)
-    field = _read_rest(rest)
+    field = _read_known_rest(rest) if len(rest) <= _MAX_KNOWN_BYTES else _read_rest(rest)
     start, end = spans.get(pb.Tensor.DATA_FIELD_NUMBER, (0, 0))
     return field._replace(message=message, start=start, num_bytes=end - start)
 
 
-@lru_cache(maxsize=256)
 def _read_rest(rest: bytes) -> TensorField:
-    """Return a Tensor field that is without its data; decoding sees few of them again and again."""
+    """Return a Tensor field that is without its data."""
     try:
         return tensor_of(pb.Tensor.FromString(rest))
     except Exception as error:
         raise ValueError("not a tensor") from error
+
+
+_MAX_KNOWN_BYTES = 64
+"""Of what is kept; whoever sends more is not to fill our memory with it."""
+
+_read_known_rest = lru_cache(maxsize=256)(_read_rest)
+"""Decoding sees few of them again and again."""
 
 
 def _cut(message: bytes, numbers: frozenset[int], span: Span) -> tuple[bytes, dict[int, Span]]:
