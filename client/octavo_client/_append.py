@@ -26,7 +26,7 @@ Progress = Callable[[int, int], object]
 """Called with the tokens stored so far and the tokens to store, both counted once per layer."""
 
 _MAX_MESSAGE_TOKENS = 1024
-_MAX_MESSAGE_BYTES = 2 << 20
+_MAX_MESSAGE_BYTES = 1 << 20
 _WAVE_BYTES = 16 << 20
 """Large enough that the round trip between waves does not count, small enough to report progress and to repeat."""
 
