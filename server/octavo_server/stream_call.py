@@ -170,8 +170,12 @@ class DirectCall(_Call):
         """Read messages until the call is over."""
         self._receiver = receiver
         is_over = threading.Event()
-        if self._context.add_callback(is_over.set):
-            self._context.add_callback(receiver.on_over)
+
+        def end() -> None:
+            receiver.on_over()
+            is_over.set()
+
+        if self._context.add_callback(end):
             self.read_on()
             is_over.wait()
 

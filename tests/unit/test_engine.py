@@ -590,3 +590,16 @@ def test_what_steps_waited_and_took_adds_up(bench: Bench) -> None:
         times.kernel_us,
     )
     wait_until(lambda: bench.engine.stats().launches[-1].copy_out_us >= times.copy_out_us)
+
+
+def test_a_step_runs_where_it_is_brought_only_while_launches_are_short(bench: Bench) -> None:
+    handle = bench.open()
+    bench.engine._last_launch_s = 1.0
+    answers: SimpleQueue[StepAnswer] = SimpleQueue()
+    bench.engine.submit(step((handle, 0, 0, 1)), answers.put, lead_s=0.5)
+    assert answers.get(timeout=WAIT_S).error is None
+    assert bench.backend.threads[-1].name == "octavo-engine"
+    wait_until(lambda: not bench.engine._is_busy)
+    bench.engine.submit(step((handle, 0, 1, 1)), answers.put, lead_s=0.5)
+    assert answers.get(timeout=WAIT_S).error is None
+    assert bench.backend.threads[-1] is threading.current_thread()
