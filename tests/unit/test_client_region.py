@@ -23,21 +23,26 @@ def test_rooms_never_overlap_and_all_come_back(turns: list[tuple[bool, int]]) ->
             held.pop(size % len(held))
             continue
         taken = region.take(size)
-        used = sum(align(len(array)) for _, array in held)
         if taken is None:
-            assert used + align(size) > NUM_BYTES or len(held) > 1
+            edges = [(0, 0), *spans_of(held), (NUM_BYTES, NUM_BYTES)]
+            gaps = [start - end for (_, end), (start, _) in itertools.pairwise(edges)]
+            assert max(gaps) < align(size)
             continue
         held.append(taken)
-        spans = sorted((start, start + align(len(array))) for start, array in held)
+        taken = None  # or it would keep its room once it is given back
+        spans = spans_of(held)
         assert all(start % 64 == 0 for start, _ in spans)
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
         assert spans[-1][1] <= NUM_BYTES
     held.clear()
-    taken = None
     whole = region.take(NUM_BYTES)
     assert whole is not None
     assert whole[0] == 0
     assert region._free == []
+
+
+def spans_of(held: list[tuple[int, NDArray[np.uint8]]]) -> list[tuple[int, int]]:
+    return sorted((start, start + align(len(array))) for start, array in held)
 
 
 def test_a_view_keeps_its_room() -> None:
