@@ -22,7 +22,7 @@ from octavo_server.traffic import StreamTraffic
 
 log = logging.getLogger(__name__)
 
-SHORT_LAUNCH_S = 300e-6
+SHORT_LAUNCH_S = 500e-6
 """Launches that may run where messages arrive, and hold up others: not much longer than switching threads takes."""
 
 
