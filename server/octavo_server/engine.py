@@ -1,6 +1,6 @@
 """The engine: owns every session and pool, and runs queued steps through the backend, one launch at a time.
 
-Handler threads submit work and read state. A thread that brings work to an idle engine may take that turn itself, which
+Any thread submits work and reads state. One that brings work to an idle engine may take that turn itself, which
 saves it two switches of threads; all other turns are the engine thread's, and there is one at a time. All mutable state
 is guarded by one lock, which is never held while the backend runs.
 """
@@ -41,7 +41,7 @@ MAX_BATCH_TOKENS = 4096
 """Rows after which a launch takes no further decode step."""
 
 MAX_PROMPT_TOKENS = 1024
-"""The same for prompts, whose launches decode steps have to wait for: one message of the client, a few milliseconds."""
+"""The same for prompts, whose launches decode steps have to wait for: a few milliseconds."""
 
 Result = TypeVar("Result")
 
@@ -362,12 +362,16 @@ class Engine:
         with self._lock:
             totals = self._totals.add(times, settle(entries, outcome))
         first_row = 0
+        answers = []
         for step, step_entries in zip(steps, admitted, strict=True):
             answer = answer_step(step.request, step_entries, outcome, first_row)
             if step.request.return_stage_times:
                 answer.stage_times = times.of_step(step.arrived_at, time.monotonic())
-            step.answer(answer)
+            answers.append(answer)
             first_row += step.request.total_tokens
+        # All are cut out before the first is given: what fails until here refuses them all, and none is answered twice.
+        for step, answer in zip(steps, answers, strict=True):
+            step.answer(answer)
         # Only the thread that runs a launch writes here, and one runs at a time.
         self._last_launch_s = times.ran_at - times.began_at
         totals.copy_out_s += time.monotonic() - times.ran_at

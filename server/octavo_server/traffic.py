@@ -11,7 +11,7 @@ from octavo_server.errors import OctavoError
 
 
 class StreamTraffic:
-    """Bytes of one stream's messages; each way is counted by the one thread that passes its messages on."""
+    """Bytes of one stream's messages; each way is counted by one thread at a time."""
 
     __slots__ = ("received_bytes", "sent_bytes")
 

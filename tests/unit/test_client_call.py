@@ -134,7 +134,7 @@ def test_another_thread_sends_while_one_reads(call: DecodeCall) -> None:
     assert received == [b"%d" % number for number in range(200)]
 
 
-def test_a_server_that_is_not_there_is_said(channel: grpc.Channel) -> None:
+def test_a_server_that_is_not_there_is_said() -> None:
     with grpc.insecure_channel("127.0.0.1:1") as nowhere:
         for kind in (DirectCall, QueuedCall):
             call: DecodeCall = kind(nowhere, METHOD)

@@ -5,14 +5,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
 
+from octavo_server import engine as engine_module
 from octavo_server.backends.base import HostArray, alloc_paged_int8_cache
 from octavo_server.block_pool import BlockPool
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason
+from octavo_server.launch import answer_step
 from octavo_server.model_pool import ModelPool
 from octavo_server.session_store import SessionStore
 from octavo_server.step import StepAnswer, StepRequest
@@ -603,3 +606,28 @@ def test_a_step_runs_where_it_is_brought_only_while_launches_are_short(bench: Be
     bench.engine.submit(step((handle, 0, 1, 1)), answers.put, lead_s=0.5)
     assert answers.get(timeout=WAIT_S).error is None
     assert bench.backend.threads[-1] is threading.current_thread()
+
+
+def test_a_launch_whose_answers_cannot_be_cut_answers_each_step_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles = [bench.open() for _ in range(2)]
+    bench.hold()
+    answers = [bench.submit(step((handle, 0, 0, 1))) for handle in handles]
+    cut = answer_step
+    num_cut = 0
+
+    def fail_at_the_second(*args: Any) -> StepAnswer:
+        nonlocal num_cut
+        num_cut += 1
+        if num_cut == 3:  # the held launch is the first
+            raise RuntimeError("planted")
+        return cut(*args)
+
+    monkeypatch.setattr(engine_module, "answer_step", fail_at_the_second)
+    bench.backend.may_run.set()
+    for answer in answers:
+        error = answer.get(timeout=WAIT_S).error
+        assert error is not None
+        assert error.reason is Reason.DEVICE_FAILURE
+    assert all(answer.empty() for answer in answers)
