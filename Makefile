@@ -9,6 +9,8 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
+FUZZ_ARGS ?= -max_total_time=60
 LOAD_SERVER ?= --model name=llama,num_layers=4,num_q_heads=32,num_kv_heads=8,head_dim=128,max_context=8192,num_blocks=4096
 LOAD_ARGS ?= --concurrency 1,2,4,8,16 --prompt-tokens 64:0.5,1024:0.4,4000:0.1 --output-tokens 16-64 --html build/load.html
 
@@ -19,6 +21,9 @@ DEV_STAMP := $(VENV)/installed-dev
 BENCH_STAMP := $(VENV)/installed-bench
 BENCH_PEERS := openvino libggml-python
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+IMAGE := docker build --file docker/Dockerfile
+COMPOSE := docker compose --file docker/compose.yaml
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
@@ -30,7 +35,7 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo load test test-asan test-tsan test-gpu bench-cpu bench-rpc pay-page bench-gpu lint format proto build wheel clean compiler-is-there
+.PHONY: help demo load chaos fuzz test test-asan test-tsan test-gpu bench-cpu bench-rpc pay-page bench-gpu lint format proto build wheel image image-cuda up down clean compiler-is-there
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -42,6 +47,13 @@ demo: compiler-is-there $(DEMO_STAMP)  ## Serve a real model's decoding on loopb
 load: compiler-is-there $(DEV_STAMP)  ## Load test a server on loopback; report in build/.
 	$(BIN)/octavo-server build
 	$(BIN)/octavo-load --start-server "$(LOAD_SERVER)" $(LOAD_ARGS)
+
+chaos: compiler-is-there $(DEV_STAMP)  ## Break a server and its clients in every way, and check all answers; minutes.
+	$(BIN)/octavo-server build
+	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
+
+fuzz: $(DEV_STAMP)  ## Fuzz what the service parses by itself; a minute.
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 test: compiler-is-there $(DEV_STAMP)  ## Run all tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -87,6 +99,19 @@ build: compiler-is-there $(DEMO_STAMP)  ## Compile the kernels ahead of their fi
 
 wheel: $(DEV_STAMP)  ## Build the source distribution and the wheel into dist/.
 	$(BIN)/python -m build
+
+image:  ## Build the server's image for CPUs, and the load test's.
+	$(IMAGE) --target cpu --tag octavo-server:$(VERSION)-cpu .
+	$(IMAGE) --target load --tag octavo-load:$(VERSION) .
+
+image-cuda:  ## Build the server's image for NVIDIA GPUs; needs none.
+	$(IMAGE) --target cuda --tag octavo-server:$(VERSION)-cuda .
+
+up:  ## Start a server, Prometheus and Grafana in containers.
+	$(COMPOSE) up --build --detach --wait
+
+down:  ## Stop them; the server writes its sessions to their volume.
+	$(COMPOSE) down
 
 clean:  ## Remove everything that make made in this folder.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

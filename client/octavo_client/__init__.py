@@ -23,8 +23,10 @@ every exception is exported here.
 """
 
 from octavo_client._append import Progress
-from octavo_client._async import AsyncClient, AsyncSession
+from octavo_client._async import AsyncClient
+from octavo_client._async_session import AsyncSession
 from octavo_client._config import Retry, Timeout
+from octavo_client._credentials import Tls, Token
 from octavo_client._errors import (
     REASONS,
     BadTensor,
@@ -49,17 +51,23 @@ from octavo_client._errors import (
     QueueFull,
     RefusedError,
     ScaleOverflow,
+    SessionExpired,
     SessionLimit,
+    SessionLost,
     SessionNotFound,
     ShapeMismatch,
     SharedMemoryUnavailable,
+    SnapshotInvalid,
     StepExpired,
     StepTimeout,
     StreamLimit,
+    TenantLimit,
+    Unauthenticated,
 )
 from octavo_client._pipeline import Steps, micro_batches
 from octavo_client._session import Session
 from octavo_client._sync import Client
+from octavo_client._transfer import TransferProgress
 from octavo_client._types import (
     BatchResult,
     DecodeResult,
@@ -69,6 +77,7 @@ from octavo_client._types import (
     PoolStats,
     ServerInfo,
     ServerStats,
+    SessionOptions,
     SessionState,
     StageTimes,
     Step,
@@ -113,11 +122,15 @@ __all__ = [
     "ServerInfo",
     "ServerStats",
     "Session",
+    "SessionExpired",
     "SessionLimit",
+    "SessionLost",
     "SessionNotFound",
+    "SessionOptions",
     "SessionState",
     "ShapeMismatch",
     "SharedMemoryUnavailable",
+    "SnapshotInvalid",
     "StageTimes",
     "Step",
     "StepExpired",
@@ -125,6 +138,11 @@ __all__ = [
     "StepTimeout",
     "Steps",
     "StreamLimit",
+    "TenantLimit",
     "Timeout",
+    "Tls",
+    "Token",
+    "TransferProgress",
+    "Unauthenticated",
     "micro_batches",
 ]

@@ -1,23 +1,33 @@
-"""The asyncio client: `AsyncClient` and `AsyncSession`; the sync one, method by method the same, documents in full."""
+"""The asyncio client; the sync one, method by method the same, documents in full."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _pipeline, _retry
-from octavo_client._append import AppendPlan, Progress, plan_append
+from octavo_client._append import AppendPlan, Progress
+from octavo_client._async_session import AsyncSession
 from octavo_client._async_stream import AsyncDecodeStream
-from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
+from octavo_client._calls import run_call_async, run_export_async, run_import_async
+from octavo_client._channel import (
+    APPEND_RPC,
+    DECODE_RPC,
+    EXPORT_RPC,
+    IMPORT_RPC,
+    calling,
+    channel_options,
+    open_channel,
+    unary_rpc,
+)
 from octavo_client._config import Retry, Timeout
-from octavo_client._errors import MessageTooLarge, OctavoError
+from octavo_client._credentials import CallMetadata, Tls, TokenSource
+from octavo_client._errors import MessageTooLarge, RefusedError
 from octavo_client._mirror import Mirror
 from octavo_client._order import Turns
 from octavo_client._pipeline import Action, Receive, Steps, Submit
@@ -25,24 +35,25 @@ from octavo_client._retry import Attempts, CallRule
 from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Placement, draft_step
-from octavo_client._tensors import num_rows
+from octavo_client._transfer import Origin, Place, Sink, TransferProgress
 from octavo_client._types import (
     BatchResult,
-    DecodeResult,
     Entry,
-    Model,
     ServerInfo,
     ServerStats,
+    SessionOptions,
     SessionState,
     StepOptions,
 )
 from octavo_client._wire import (
     PAGE_SIZE,
+    import_request,
     open_request,
+    read_leases,
     read_server_info,
     read_server_stats,
     read_session,
-    truncate_request,
+    renewals,
 )
 
 T = TypeVar("T")
@@ -61,6 +72,12 @@ class AsyncClient:
         shared_memory: Whether steps of 128 KiB and more leave their tensors in memory shared with the server: on the
             server's machine, as its user, and with `shared_memory: true` in its config. Where that cannot be, a warning
             is logged (logger octavo_client) and tensors go over gRPC.
+        tls: Encrypts, and checks who the server is; None = plain text.
+        token: As Client's; a function must not wait.
+        route: As Client's.
+
+    Raises:
+        ValueError: A file of `tls` cannot be used, or the token or the route cannot be sent.
     """
 
     def __init__(
@@ -70,16 +87,25 @@ class AsyncClient:
         timeout: Timeout | None = None,
         retry: Retry | None = None,
         shared_memory: bool = False,
+        tls: Tls | None = None,
+        token: TokenSource | None = None,
+        route: str | None = None,
     ) -> None:
         self._timeout = timeout or Timeout()
         self._retry = retry or Retry()
         self._memory = SharedMemory() if shared_memory else None
+        self._metadata = CallMetadata(token, route)
         options = channel_options(self._timeout, self._retry)
-        self._channel = grpc.aio.insecure_channel(target, options)
-        self._append_rpc = self._channel.stream_unary(*APPEND_RPC)
+        self._channel: grpc.aio.Channel = open_channel(grpc.aio, target, options, tls, token)
+        self._append_rpc = calling(self._channel.stream_unary(*APPEND_RPC), self._metadata)
+        self._export_rpc = calling(self._channel.unary_stream(*EXPORT_RPC), self._metadata)
+        self._import_rpc = calling(self._channel.stream_unary(*IMPORT_RPC), self._metadata)
         self._decode_rpc = self._channel.stream_stream(*DECODE_RPC)
         self._stream = AsyncDecodeStream(
-            self._decode_rpc, self._retry, self._forget_info, self._memory
+            lambda messages: self._decode_rpc(messages, metadata=self._metadata()),
+            self._retry,
+            self._forget_info,
+            self._memory,
         )
         self._turns = Turns()
         self._info: ServerInfo | None = None
@@ -105,10 +131,17 @@ class AsyncClient:
         """Return what the server has done since its start, and what it holds now."""
         return read_server_stats(await self._call(_retry.SERVER_STATS, pb.ServerStatsRequest()))
 
-    async def open_session(self, model: str) -> AsyncSession:
+    async def open_session(self, model: str, **options: Unpack[SessionOptions]) -> AsyncSession:
         """Open an empty session of a model; as Client.open_session."""
-        response = await self._call(_retry.OPEN_SESSION, open_request(model))
+        response = await self._call(_retry.OPEN_SESSION, open_request(model, options))
         return await self._session(read_session(response.session))
+
+    async def keep_alive(self, sessions: Iterable[AsyncSession]) -> dict[str, RefusedError]:
+        """Renew the leases of sessions that are not in use; as Client.keep_alive."""
+        ended: dict[str, RefusedError] = {}
+        for request in renewals(sessions):
+            ended |= read_leases(await self._call(_retry.KEEP_ALIVE, request))
+        return ended
 
     async def attach(self, session_id: str) -> AsyncSession:
         """Return an open session, to go on with what another client began; as Client.attach."""
@@ -129,6 +162,32 @@ class AsyncClient:
             if not response.next_page_token:
                 return sessions
             request.page_token = response.next_page_token
+
+    async def export_session(
+        self, session_id: str, sink: Place, *, progress: TransferProgress | None = None
+    ) -> int:
+        """Write a session to a safetensors file; as Client.export_session."""
+        target = Sink(sink, progress)
+        return await run_export_async(
+            self._export_rpc, session_id, target, self._append_attempts(), self._stream.check_open
+        )
+
+    async def import_session(
+        self,
+        source: Place,
+        *,
+        model: str = "",
+        progress: TransferProgress | None = None,
+        **options: Unpack[SessionOptions],
+    ) -> AsyncSession:
+        """Open a session with the cache of an exported one; as Client.import_session."""
+        max_message_bytes = (await self._known_info()).max_message_bytes
+        request = import_request(model, options)
+        origin = Origin(source, request, progress, max_message_bytes)
+        session = await run_import_async(
+            self._import_rpc, origin, self._append_attempts(), self._stream.check_open
+        )
+        return await self._session(read_session(session))
 
     async def decode_batch(
         self,
@@ -203,7 +262,7 @@ class AsyncClient:
         return Placement(entry.session._mirror, entry.layer, entry.num_tokens, entry.start_pos)
 
     async def _append(self, plan: AppendPlan, mirror: Mirror, progress: Progress | None) -> None:
-        attempts = Attempts(self._retry, time.monotonic() + self._timeout.append_s)
+        attempts = self._append_attempts()
         while not plan.is_done:
             self._stream.check_open()
             try:
@@ -222,6 +281,9 @@ class AsyncClient:
             plan.on_stored()
             if progress is not None:
                 progress(*plan.progress)
+
+    def _append_attempts(self) -> Attempts:
+        return Attempts(self._retry, time.monotonic() + self._timeout.append_s)
 
     async def _refresh(self, mirror: Mirror) -> SessionState:
         state = await self.get_session(mirror.session_id)
@@ -243,144 +305,6 @@ class AsyncClient:
 
     async def _call(self, rule: CallRule, request: Any) -> Any:
         """Call an rpc, again where its rule allows; None when an attempt without an answer had done it."""
-        method = self._channel.unary_unary(*unary_rpc(rule))
+        rpc = calling(self._channel.unary_unary(*unary_rpc(rule)), self._metadata)
         attempts = Attempts(self._retry, time.monotonic() + self._timeout.call_s)
-        while True:
-            self._stream.check_open()
-            try:
-                return await method(request, timeout=attempts.remaining(time.monotonic()))
-            except grpc.RpcError as exc:
-                error = error_from_rpc(exc, changes=rule.changes)
-            delay = attempts.delay_by_rule(rule, error, time.monotonic())
-            if delay is None:
-                return None
-            await asyncio.sleep(delay)
-
-
-class AsyncSession:
-    """An open session: the cached tokens of one sequence, and what the client knows of them; for asyncio.
-
-    Made by AsyncClient.open_session and AsyncClient.attach. An async context manager: leaving it closes the session on
-    the server.
-    """
-
-    def __init__(self, client: AsyncClient, mirror: Mirror) -> None:
-        self._client = client
-        self._mirror = mirror
-        self._closing = asyncio.Lock()
-
-    def __repr__(self) -> str:
-        return f"<AsyncSession {self.session_id} of {self.model.name!r}>"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # What failed inside is what the caller should see; the server closes what we cannot.
-        with contextlib.suppress(*(() if exc_type is None else (OctavoError,))):
-            await self.close()
-
-    @property
-    def session_id(self) -> str:
-        """Name for people, and for AsyncClient.attach."""
-        return self._mirror.session_id
-
-    @property
-    def handle(self) -> int:
-        """Name on the wire's data calls."""
-        return self._mirror.handle
-
-    @property
-    def model(self) -> Model:
-        """The session's model."""
-        return self._mirror.model
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """[num_layers] cached tokens as far as known, everything in flight included; refresh() asks the server."""
-        return self._mirror.lengths
-
-    async def append(
-        self,
-        k: Any,
-        v: Any,
-        *,
-        layer: int | None = None,
-        start_pos: int | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Append K and V of many tokens, a prompt, without attention; as Session.append."""
-        await self._wait_for_steps()
-        if self._mirror.is_stale and start_pos is None:
-            await self.refresh()
-        max_message_bytes = (await self._client._known_info()).max_message_bytes
-        plan = plan_append(self._mirror, (k, v), layer, start_pos, max_message_bytes)
-        with plan.in_flight(contextlib.nullcontext()):
-            await self._client._append(plan, self._mirror, progress)
-
-    async def decode(
-        self,
-        layer: int,
-        q: Any,
-        k: Any | None = None,
-        v: Any | None = None,
-        *,
-        start_pos: int | None = None,
-        **options: Unpack[StepOptions],
-    ) -> DecodeResult:
-        """Append K and V of new tokens to a layer, attend with Q, and wait for the answer; as Session.decode."""
-        return await (await self.submit(layer, q, k, v, start_pos=start_pos, **options))
-
-    async def submit(
-        self,
-        layer: int,
-        q: Any,
-        k: Any | None = None,
-        v: Any | None = None,
-        *,
-        start_pos: int | None = None,
-        **options: Unpack[StepOptions],
-    ) -> asyncio.Future[DecodeResult]:
-        """Append K and V of new tokens to a layer and attend with Q, without waiting; as Session.submit.
-
-        Returns:
-            A future of the answer, once the step has its place. Cancelling it gives the step up; one that was sent may
-            still be applied.
-        """
-        entry = Entry(self, layer, num_rows(q), start_pos)
-        return await self._client._submit([entry], (q, k, v), options, is_single=True)
-
-    async def truncate(self, length: int, *, guard: bool = False) -> None:
-        """Forget the tokens from position `length` on, in every layer; as Session.truncate."""
-        await self._wait_for_steps()
-        expected = self._mirror.stored if guard else ()
-        rule = _retry.TRUNCATE_GUARDED if guard else _retry.TRUNCATE
-        request = truncate_request(self.session_id, length, expected)
-        with self._mirror.truncating():
-            response = await self._client._call(rule, request)
-        self._mirror.refresh(response.session.lengths)
-
-    async def refresh(self) -> SessionState:
-        """Ask the server for the session, and go on from its lengths."""
-        return await self._client._refresh(self._mirror)
-
-    async def close(self) -> None:
-        """Close the session and free its blocks, once its steps in flight are answered; as Session.close."""
-        async with self._closing:
-            if self._mirror.is_gone:
-                return
-            self._mirror.is_closed = True
-            await self._wait_for_steps()
-            request = pb.CloseSessionRequest(session_id=self.session_id)
-            with self._mirror.closing():
-                await self._client._call(_retry.CLOSE_SESSION, request)
-
-    async def _wait_for_steps(self) -> None:
-        futures = self._client._stream.futures(self.handle)
-        if futures:
-            await asyncio.wait(futures)
+        return await run_call_async(rpc, rule, request, attempts, self._stream.check_open)

@@ -112,7 +112,7 @@ class AsyncDecodeStream:
             if isinstance(error, MessageTooLarge) and self._fail_too_large(error):
                 delay = 0.0
                 continue
-            self._exchange.on_broken()
+            self._exchange.on_broken(error)
             delay = self._backoff.next_delay(error) if is_passing(error) else None
             if delay is None:
                 deliver(self._exchange.fail_all(error))

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from octavo_client._credentials import Metadata
 from octavo_client._signals import others_may_raise
 
 try:
@@ -44,25 +45,26 @@ class DecodeCall(Protocol):
         """Give back what the call holds; after `cancel`, and when nobody reads."""
 
 
-def open_call(channel: grpc.Channel, method: str) -> DecodeCall:
+def open_call(channel: grpc.Channel, method: str, metadata: Metadata = ()) -> DecodeCall:
     """Open a call whose messages are bytes both ways, in the fastest way that this grpcio and this program allow.
 
     A program whose signal handlers may raise gets the public kind, which stands that at any moment.
     """
     if others_may_raise():
-        return QueuedCall(channel, method)
+        return QueuedCall(channel, method, metadata)
     try:
-        return DirectCall(channel, method)
+        return DirectCall(channel, method, metadata)
     except (AttributeError, TypeError):
-        return QueuedCall(channel, method)
+        return QueuedCall(channel, method, metadata)
 
 
 class QueuedCall:
     """A call by grpcio's public interface."""
 
-    def __init__(self, channel: grpc.Channel, method: str) -> None:
+    def __init__(self, channel: grpc.Channel, method: str, metadata: Metadata = ()) -> None:
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._call: Any = channel.stream_stream(method, None, None)(iter(self._outbox.get, None))
+        rpc = channel.stream_stream(method, None, None)
+        self._call: Any = rpc(iter(self._outbox.get, None), metadata=metadata)
 
     def send(self, message: bytes) -> None:
         """Send a message."""
@@ -118,14 +120,14 @@ class DirectCall:
     reads wait for the next read; a client that sends always reads.
     """
 
-    def __init__(self, channel: Any, method: str) -> None:
+    def __init__(self, channel: Any, method: str, metadata: Metadata = ()) -> None:
         self._lock = threading.Lock()
         self._is_draining = threading.Lock()
         self._unsent: deque[bytes] = deque()
         self._due = {_STARTED, _ENDED}
         self._end: CallEnded | None = None
         start = (
-            cygrpc.SendInitialMetadataOperation(None, _EMPTY_FLAGS),
+            cygrpc.SendInitialMetadataOperation(metadata, _EMPTY_FLAGS),
             cygrpc.ReceiveStatusOnClientOperation(_EMPTY_FLAGS),
         )
         receive_metadata = (cygrpc.ReceiveInitialMetadataOperation(_EMPTY_FLAGS),)

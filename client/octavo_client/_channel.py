@@ -9,11 +9,15 @@ from google.protobuf.message import Message
 
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client._config import Retry, Timeout
+from octavo_client._credentials import CallMetadata, Tls, TokenSource, channel_credentials
 from octavo_client._encoding import parse_response
 from octavo_client._retry import CallRule
 
 Rpc = tuple[str, Callable[[Any], bytes], Callable[[bytes], Any]]
 """What a channel needs to call an rpc: its path, how to encode a request, how to decode a response."""
+
+Options = list[tuple[str, Any]]
+"""A channel's options."""
 
 _KEEPALIVE_MS = 10_000
 _KEEPALIVE_TIMEOUT_MS = 5_000
@@ -34,17 +38,42 @@ APPEND_RPC: Rpc = (f"{_SERVICE}/Append", bytes, pb.AppendResponse.FromString)
 
 DECODE_RPC: Rpc = (f"{_SERVICE}/Decode", bytes, parse_response)
 
+EXPORT_RPC: Rpc = (f"{_SERVICE}/ExportSession", _encode, pb.ExportSessionResponse.FromString)
+
+IMPORT_RPC: Rpc = (f"{_SERVICE}/ImportSession", bytes, pb.ImportSessionResponse.FromString)
+
 
 def unary_rpc(rule: CallRule) -> Rpc:
     """Return a unary rpc."""
     return f"{_SERVICE}/{rule.name}", _encode, rule.response.FromString
 
 
+def open_channel(
+    api: Any, target: str, options: Options, tls: Tls | None, token: TokenSource | None
+) -> Any:
+    """Open a channel of `api`, which is grpc or grpc.aio.
+
+    Raises:
+        ValueError: A file of `tls` cannot be used, or the token would go to another machine in plain text.
+    """
+    credentials = channel_credentials(target, tls, token)
+    if credentials is None:
+        return api.insecure_channel(target, options)
+    if tls is not None and tls.server_name is not None:
+        options = [*options, ("grpc.ssl_target_name_override", tls.server_name)]
+    return api.secure_channel(target, credentials, options)
+
+
+def calling(rpc: Any, metadata: CallMetadata) -> Any:
+    """Return an rpc as a function of a request and a timeout in seconds that sends the client's metadata along."""
+    return lambda request, timeout: rpc(request, timeout=timeout, metadata=metadata())
+
+
 def _milliseconds(seconds: float) -> int:
     return int(min(max(100.0, seconds * 1000), _MAX_OPTION))
 
 
-def channel_options(timeout: Timeout, retry: Retry) -> list[tuple[str, int]]:
+def channel_options(timeout: Timeout, retry: Retry) -> Options:
     """Return the options of a client's channel."""
     return [
         # The server's limit is checked before a message is sent, against what the server said.

@@ -14,7 +14,7 @@ class Timeout:
         connect_s: Seconds for one attempt to connect.
         call_s: Seconds for one unary call (server_info, open_session, truncate ...), its retries included.
         step_s: Seconds for one decode step, from submit to result, reconnecting included.
-        append_s: Seconds for one whole append, all messages and reconnecting included.
+        append_s: Seconds for one whole append, export or import, all messages and reconnecting included.
     """
 
     connect_s: float = 10.0
@@ -31,15 +31,17 @@ class Timeout:
 class Retry:
     """How often the client tries again where that is safe; the timeouts bound it all.
 
+    The defaults leave it to the timeouts: a server that is restarted is back within a step's.
+
     Attributes:
         max_attempts: Attempts in a row that may fail before the error is raised; 1 = never try again.
         initial_backoff_s: Seconds before the second attempt; doubled for every further one.
         max_backoff_s: Most seconds between two attempts.
     """
 
-    max_attempts: int = 8
+    max_attempts: int = 100
     initial_backoff_s: float = 0.1
-    max_backoff_s: float = 5.0
+    max_backoff_s: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:

@@ -9,7 +9,8 @@
     │   ├── ContextTooLong          ├── BadTensor            ├── StepExpired
     │   ├── OutOfBlocks             ├── ShapeMismatch        ├── Draining
     │   ├── MessageTooLarge         ├── DtypeMismatch        ├── DeviceFailure
-    │   └── SharedMemoryUnavailable
+    │   ├── SessionExpired          ├── SnapshotInvalid      ├── Unauthenticated
+    │   ├── SessionLost             ├── TenantLimit          └── SharedMemoryUnavailable
     ├── InterruptedCall             no answer; `may_be_applied` says whether the server may have acted
     │   ├── ConnectionLost          the connection broke, and trying again did not help
     │   ├── StepTimeout             a decode step had no answer in time
@@ -77,6 +78,19 @@ class SessionNotFound(RefusedError):
     session_id: str
 
 
+class SessionExpired(RefusedError):
+    """The session was closed because nobody used it for as long as its lease."""
+
+    session_id: str
+    lease_ms: int
+
+
+class SessionLost(RefusedError):
+    """The session was of a server process that ended, and was not restored: its cache is gone."""
+
+    session_id: str
+
+
 class ModelNotFound(RefusedError):
     """The server has no model of this name."""
 
@@ -122,6 +136,10 @@ class SessionLimit(_LimitReached):
 
 class StreamLimit(_LimitReached):
     """The server serves as many streams as it may."""
+
+
+class TenantLimit(_LimitReached):
+    """The tenant has as many sessions, or as many tokens or bytes in its sessions' blocks, as it may."""
 
 
 class QueueFull(_LimitReached):
@@ -187,6 +205,17 @@ class SharedMemoryUnavailable(RefusedError):
     cause: str
 
 
+class SnapshotInvalid(RefusedError):
+    """What was to be imported is no exported session, is damaged, or is of another model."""
+
+    session_id: str
+    cause: str
+
+
+class Unauthenticated(RefusedError):
+    """The server knows no tenant with this client's token, or the client sent none."""
+
+
 class Draining(RefusedError):
     """The server shuts down and takes no new work."""
 
@@ -237,8 +266,13 @@ class ClientClosed(OctavoError):
     """The client or the session was closed; open a new one."""
 
 
+GONE = (SessionNotFound, SessionExpired, SessionLost)
+"""What the server says of a session that is not open."""
+
 REASONS: Mapping[str, type[RefusedError]] = {
     "SESSION_NOT_FOUND": SessionNotFound,
+    "SESSION_EXPIRED": SessionExpired,
+    "SESSION_LOST": SessionLost,
     "MODEL_NOT_FOUND": ModelNotFound,
     "LAYER_NOT_FOUND": LayerNotFound,
     "POSITION_MISMATCH": PositionMismatch,
@@ -246,6 +280,7 @@ REASONS: Mapping[str, type[RefusedError]] = {
     "OUT_OF_BLOCKS": OutOfBlocks,
     "SESSION_LIMIT": SessionLimit,
     "STREAM_LIMIT": StreamLimit,
+    "TENANT_LIMIT": TenantLimit,
     "QUEUE_FULL": QueueFull,
     "MALFORMED_MESSAGE": MalformedMessage,
     "BAD_TENSOR": BadTensor,
@@ -257,6 +292,8 @@ REASONS: Mapping[str, type[RefusedError]] = {
     "SCALE_OVERFLOW": ScaleOverflow,
     "STEP_EXPIRED": StepExpired,
     "SHARED_MEMORY_UNAVAILABLE": SharedMemoryUnavailable,
+    "SNAPSHOT_INVALID": SnapshotInvalid,
+    "UNAUTHENTICATED": Unauthenticated,
     "DRAINING": Draining,
     "DEVICE_FAILURE": DeviceFailure,
 }

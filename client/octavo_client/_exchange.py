@@ -22,6 +22,7 @@ from octavo_client._errors import (
     StepExpired,
 )
 from octavo_client._ledger import Ledger, LedgerStep
+from octavo_client._log import log_failure, log_sent_again
 from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_status
 from octavo_client._steps import Draft, timed_out
@@ -78,6 +79,7 @@ class Exchange:
         self._memory = memory
         self._ledger: Ledger[Job] = Ledger()
         self._draining: Draining | None = None
+        self._broke_by: OctavoError | None = None
 
     def __len__(self) -> int:
         return len(self._ledger)
@@ -122,6 +124,7 @@ class Exchange:
     def on_result(self, result: Result, now: float) -> Turn:
         """Take a result, or where the memory is that the server shares; that of a step given up is dropped."""
         head = result.head
+        self._broke_by = None
         if self._memory is not None:
             if result.region is not None:
                 self._memory.on_answer(result.region)
@@ -146,19 +149,26 @@ class Exchange:
     def expire(self, now: float) -> Turn:
         """Give up the steps whose time has passed."""
         overdue, to_send = self._ledger.expire(now)
-        outcomes = [
-            _failed(step, timed_out(step.payload.draft, step.may_be_applied)) for step in overdue
-        ]
+        outcomes = []
+        for step in overdue:
+            error = timed_out(step.payload.draft, step.may_be_applied)
+            error.__cause__ = self._broke_by
+            outcomes.append(_failed(step, error))
         return Turn(outcomes, _encode(to_send, now))
 
     def on_open(self, now: float) -> list[bytes]:
         """Note that a stream is open; return the messages to send on it."""
         self._draining = None
         first = [] if self._memory is None else [self._memory.request()]
-        return first + _encode(self._ledger.on_stream_open(), now)
+        to_send = self._ledger.on_stream_open()
+        for step in to_send:
+            if step.was_cut:
+                log_sent_again(step.step_id, step.payload.draft.header.step_key)
+        return first + _encode(to_send, now)
 
-    def on_broken(self) -> None:
-        """Note that the stream is gone."""
+    def on_broken(self, error: OctavoError | None = None) -> None:
+        """Note that the stream is gone, and why: the cause of what times out until there is an answer again."""
+        self._broke_by = error
         if self._memory is not None:
             self._memory.forget()
         self._ledger.on_stream_broken()
@@ -220,7 +230,11 @@ def _outcome(step: _Step, result: Result, refusal: RefusedError | None) -> Outco
         return _failed(step, refusal)
     try:
         batch = job.draft.read(result)
-        return Outcome(job.future, batch[0] if job.is_single else batch, None)
+        if job.is_single:
+            return Outcome(job.future, batch[0], None)
+        for entry_idx, refused in batch.errors.items():
+            log_failure(step.step_id, job.draft.header.step_key, refused, entry_idx)
+        return Outcome(job.future, batch, None)
     except Exception as error:
         own = error if isinstance(error, OctavoError) else _error_for(step, unexpected(error))
         return _failed(step, own)
@@ -235,7 +249,9 @@ def _unknown_fate(job: Job, refusal: RefusedError) -> OctavoError:
 
 
 def _failed(step: _Step, error: OctavoError) -> Outcome:
-    step.payload.draft.fail(error)
+    draft = step.payload.draft
+    log_failure(step.step_id, draft.header.step_key, error)
+    draft.fail(error)
     return Outcome(step.payload.future, None, error)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from octavo_client._errors import (
+    GONE,
     InterruptedCall,
     PositionMismatch,
     RefusedError,
-    SessionNotFound,
 )
 from octavo_client._types import Model, SessionState
 
@@ -95,7 +95,7 @@ class Mirror:
         """Note the outcome of the close inside, so that one that failed can be repeated."""
         try:
             yield
-        except SessionNotFound:
+        except GONE:
             if not self._may_be_gone:
                 raise
         except InterruptedCall as error:

@@ -10,15 +10,16 @@ from google.protobuf.message import Message
 from octavo.v1 import octavo_pb2 as pb
 from octavo_client._config import Retry
 from octavo_client._errors import (
+    GONE,
     ConnectionLost,
     Draining,
     InterruptedCall,
     OctavoError,
     QueueFull,
     RefusedError,
-    SessionNotFound,
     StreamLimit,
 )
+from octavo_client._log import log_retry
 
 
 def is_passing(error: OctavoError) -> bool:
@@ -53,7 +54,9 @@ class Backoff:
         longest = self._retry.initial_backoff_s * 2.0**num_doublings
         delay: float = min(longest, self._retry.max_backoff_s) * random.uniform(0.5, 1.0)
         asked = error.retry_after_s if isinstance(error, RefusedError) else None
-        return min(max(delay, asked or 0.0), _LONGEST_WAIT_S)
+        delay = min(max(delay, asked or 0.0), _LONGEST_WAIT_S)
+        log_retry(error, delay)
+        return delay
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +68,14 @@ class CallRule:
         response: What it answers with.
         changes: Whether it changes anything.
         is_repeatable: Whether it may be sent again when the one before may have been applied.
-        settled_by: The refusal that means, once the one before may have been applied, that it was.
+        settled_by: The refusals that mean, once the one before may have been applied, that it was.
     """
 
     name: str
     response: type[Message]
     changes: bool = True
     is_repeatable: bool = True
-    settled_by: type[RefusedError] | None = None
+    settled_by: tuple[type[RefusedError], ...] = ()
 
 
 SERVER_INFO = CallRule("ServerInfo", pb.ServerInfoResponse, changes=False)
@@ -80,7 +83,8 @@ SERVER_STATS = CallRule("ServerStats", pb.ServerStatsResponse, changes=False)
 GET_SESSION = CallRule("GetSession", pb.GetSessionResponse, changes=False)
 LIST_SESSIONS = CallRule("ListSessions", pb.ListSessionsResponse, changes=False)
 OPEN_SESSION = CallRule("OpenSession", pb.OpenSessionResponse)
-CLOSE_SESSION = CallRule("CloseSession", pb.CloseSessionResponse, settled_by=SessionNotFound)
+CLOSE_SESSION = CallRule("CloseSession", pb.CloseSessionResponse, settled_by=GONE)
+KEEP_ALIVE = CallRule("KeepAlive", pb.KeepAliveResponse, changes=False)
 TRUNCATE = CallRule("TruncateSession", pb.TruncateSessionResponse)
 TRUNCATE_GUARDED = CallRule("TruncateSession", pb.TruncateSessionResponse, is_repeatable=False)
 
@@ -118,7 +122,7 @@ class Attempts:
         Raises:
             OctavoError: `error`, when there is to be no other attempt.
         """
-        if self._is_ambiguous and rule.settled_by and isinstance(error, rule.settled_by):
+        if self._is_ambiguous and isinstance(error, rule.settled_by):
             return None
         self._is_ambiguous |= isinstance(error, InterruptedCall) and error.may_be_applied
         is_broken = isinstance(error, ConnectionLost) and rule.is_repeatable

@@ -14,6 +14,7 @@ from octavo_client._append import Progress, plan_append
 from octavo_client._errors import OctavoError
 from octavo_client._mirror import Mirror
 from octavo_client._tensors import num_rows
+from octavo_client._transfer import Place, TransferProgress
 from octavo_client._types import DecodeResult, Entry, Model, SessionState, StepOptions
 from octavo_client._wire import truncate_request
 
@@ -177,6 +178,11 @@ class Session:
             response = self._client._call(rule, request)
         with self._client._stream.lock:
             self._mirror.refresh(response.session.lengths)
+
+    def export_to(self, sink: Place, *, progress: TransferProgress | None = None) -> int:
+        """Write this session to a file, once its steps in flight are answered; see Client.export_session."""
+        self._wait_for_steps()
+        return self._client.export_session(self.session_id, sink, progress=progress)
 
     def refresh(self) -> SessionState:
         """Ask the server for the session, and go on from its lengths."""

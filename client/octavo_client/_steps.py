@@ -24,6 +24,7 @@ from octavo_client._mirror import Mirror
 from octavo_client._shared_memory import PlacedTensors, SharedMemory
 from octavo_client._status import error_from_status
 from octavo_client._tensors import HostArray, ToCaller
+from octavo_client._tracing import trace_parent
 from octavo_client._types import BatchResult, Model, StepOptions
 from octavo_client._wire import check_span, random_key, read_stage_times
 
@@ -205,7 +206,7 @@ def draft_step(
     model = _check_placements(placements)
     arrays = _host_arrays(tensors)
     _check_arrays(arrays, model, sum(placement.num_tokens for placement in placements))
-    header = _header(placements, options, has_kv="k" in arrays)
+    header = _header(placements, options)
     fields = {_FIELDS[name]: array for name, array in arrays.items()}
     encoded = encode_tensors(fields)
     message_bytes = (
@@ -307,14 +308,15 @@ def _place(
     return memory.place(fields, q.nbytes, lse_bytes)
 
 
-def _header(placements: Sequence[Placement], options: StepOptions, *, has_kv: bool) -> pb.Step:
+def _header(placements: Sequence[Placement], options: StepOptions) -> pb.Step:
     header = pb.Step(
-        step_key=random_key() if has_kv else 0,
+        step_key=random_key(),
         session_handles=[placement.mirror.handle for placement in placements],
         layers=[placement.layer for placement in placements],
         num_tokens=[placement.num_tokens for placement in placements],
         return_lse=bool(options.get("return_lse", False)),
         return_stage_times=bool(options.get("stage_times", False)),
+        trace_parent=trace_parent(),
     )
     if not options.get("causal", True):
         header.causal = False

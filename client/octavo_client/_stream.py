@@ -242,7 +242,7 @@ class DecodeStream:
             self._call.drain()
         with self._lock:
             self._call = None
-            self._exchange.on_broken()
+            self._exchange.on_broken(error)
             if delay is None:
                 outcomes = self._exchange.fail_all(error)
             elif len(self._exchange):

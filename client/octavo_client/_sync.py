@@ -13,9 +13,20 @@ from octavo.v1 import octavo_pb2 as pb
 from octavo_client import _pipeline, _retry
 from octavo_client._append import AppendPlan, Progress
 from octavo_client._call import open_call
-from octavo_client._channel import APPEND_RPC, DECODE_RPC, channel_options, unary_rpc
+from octavo_client._calls import run_call, run_export, run_import
+from octavo_client._channel import (
+    APPEND_RPC,
+    DECODE_RPC,
+    EXPORT_RPC,
+    IMPORT_RPC,
+    calling,
+    channel_options,
+    open_channel,
+    unary_rpc,
+)
 from octavo_client._config import Retry, Timeout
-from octavo_client._errors import MessageTooLarge
+from octavo_client._credentials import CallMetadata, Tls, TokenSource
+from octavo_client._errors import MessageTooLarge, RefusedError
 from octavo_client._mirror import Mirror
 from octavo_client._pipeline import Action, Receive, Steps, Submit
 from octavo_client._retry import Attempts, CallRule
@@ -24,20 +35,25 @@ from octavo_client._shared_memory import SharedMemory
 from octavo_client._status import error_from_rpc
 from octavo_client._steps import Draft, Placement, draft_step
 from octavo_client._stream import DecodeStream
+from octavo_client._transfer import Origin, Place, Sink, TransferProgress
 from octavo_client._types import (
     BatchResult,
     Entry,
     ServerInfo,
     ServerStats,
+    SessionOptions,
     SessionState,
     StepOptions,
 )
 from octavo_client._wire import (
     PAGE_SIZE,
+    import_request,
     open_request,
+    read_leases,
     read_server_info,
     read_server_stats,
     read_session,
+    renewals,
 )
 
 T = TypeVar("T")
@@ -56,6 +72,15 @@ class Client:
         shared_memory: Whether steps of 128 KiB and more leave their tensors in memory shared with the server: on the
             server's machine, as its user, and with `shared_memory: true` in its config. Where that cannot be, a warning
             is logged (logger octavo_client) and tensors go over gRPC.
+        tls: Encrypts, and checks who the server is; None = plain text.
+        token: The tenant's token, or a function that returns it, asked for every call and every stream, so that a token
+            that changed is picked up. In plain text it goes to this machine alone, unless
+            Token(..., allow_plaintext=True) says otherwise.
+        route: What a proxy in front of several servers hashes, so that all calls of a client reach one of them; None =
+            drawn at random.
+
+    Raises:
+        ValueError: A file of `tls` cannot be used, or the token or the route cannot be sent.
     """
 
     def __init__(
@@ -65,15 +90,21 @@ class Client:
         timeout: Timeout | None = None,
         retry: Retry | None = None,
         shared_memory: bool = False,
+        tls: Tls | None = None,
+        token: TokenSource | None = None,
+        route: str | None = None,
     ) -> None:
         self._timeout = timeout or Timeout()
         self._retry = retry or Retry()
         self._memory = SharedMemory() if shared_memory else None
+        self._metadata = CallMetadata(token, route)
         options = channel_options(self._timeout, self._retry)
-        self._channel = grpc.insecure_channel(target, options)
-        self._append_rpc = self._channel.stream_unary(*APPEND_RPC)
+        self._channel: grpc.Channel = open_channel(grpc, target, options, tls, token)
+        self._append_rpc = calling(self._channel.stream_unary(*APPEND_RPC), self._metadata)
+        self._export_rpc = calling(self._channel.unary_stream(*EXPORT_RPC), self._metadata)
+        self._import_rpc = calling(self._channel.stream_unary(*IMPORT_RPC), self._metadata)
         self._stream = DecodeStream(
-            lambda: open_call(self._channel, DECODE_RPC[0]),
+            lambda: open_call(self._channel, DECODE_RPC[0], self._metadata()),
             self._retry,
             self._forget_info,
             self._memory,
@@ -101,15 +132,31 @@ class Client:
         """Return what the server has done since its start, and what it holds now."""
         return read_server_stats(self._call(_retry.SERVER_STATS, pb.ServerStatsRequest()))
 
-    def open_session(self, model: str) -> Session:
+    def open_session(self, model: str, **options: Unpack[SessionOptions]) -> Session:
         """Open an empty session of a model.
+
+        Args:
+            model: Name of a model of the server.
+            **options: See SessionOptions.
 
         Raises:
             ModelNotFound: The server has no such model.
-            SessionLimit: The server keeps as many sessions as it may.
+            SessionLimit, TenantLimit: The server, or this tenant, keeps as many sessions as it may.
+            OutOfBlocks, ContextTooLong: There are not so many blocks to reserve.
         """
-        response = self._call(_retry.OPEN_SESSION, open_request(model))
+        response = self._call(_retry.OPEN_SESSION, open_request(model, options))
         return self._session(read_session(response.session))
+
+    def keep_alive(self, sessions: Iterable[Session]) -> dict[str, RefusedError]:
+        """Renew the leases of sessions that are not in use.
+
+        Returns:
+            Why sessions were not renewed, by session id: they have ended. Empty when all were.
+        """
+        ended: dict[str, RefusedError] = {}
+        for request in renewals(sessions):
+            ended |= read_leases(self._call(_retry.KEEP_ALIVE, request))
+        return ended
 
     def attach(self, session_id: str) -> Session:
         """Return an open session, to go on with what another client began.
@@ -138,6 +185,54 @@ class Client:
             if not response.next_page_token:
                 return sessions
             request.page_token = response.next_page_token
+
+    def export_session(
+        self, session_id: str, sink: Place, *, progress: TransferProgress | None = None
+    ) -> int:
+        """Write a session, as it is now, to a safetensors file; it stays open.
+
+        Args:
+            session_id: The session's.
+            sink: A path, at which the file appears once it is whole, or an open file of bytes.
+            progress: Called now and then with the bytes written and the bytes of the whole file.
+
+        Returns:
+            The file's bytes.
+
+        Raises:
+            SessionNotFound: It is not open, or was closed meanwhile.
+            PositionMismatch: It was truncated meanwhile.
+            CallTimeout, ConnectionLost: It took longer than Timeout.append_s, or trying again did not help.
+        """
+        attempts, target = self._append_attempts(), Sink(sink, progress)
+        return run_export(self._export_rpc, session_id, target, attempts, self._stream.check_open)
+
+    def import_session(
+        self,
+        source: Place,
+        *,
+        model: str = "",
+        progress: TransferProgress | None = None,
+        **options: Unpack[SessionOptions],
+    ) -> Session:
+        """Open a session, under a new id, with the cache of an exported one.
+
+        Args:
+            source: A path, or an open file of bytes.
+            model: Name of a model of the server; empty = the one in the file.
+            progress: Called now and then, in another thread, with the bytes sent and the bytes of the whole file.
+            **options: See SessionOptions; those that are left out are as in the file.
+
+        Raises:
+            SnapshotInvalid: The file is no exported session, is damaged, or is of another model.
+            ModelNotFound, SessionLimit, TenantLimit, OutOfBlocks, ContextTooLong: The server cannot hold it.
+            CallTimeout, ConnectionLost: It took longer than Timeout.append_s, or trying again did not help.
+        """
+        request = import_request(model, options)
+        origin = Origin(source, request, progress, self._known_info().max_message_bytes)
+        attempts = self._append_attempts()
+        session = run_import(self._import_rpc, origin, attempts, self._stream.check_open)
+        return self._session(read_session(session))
 
     def decode_batch(
         self,
@@ -266,7 +361,7 @@ class Client:
         return Placement(entry.session._mirror, entry.layer, entry.num_tokens, entry.start_pos)
 
     def _append(self, plan: AppendPlan, mirror: Mirror, progress: Progress | None) -> None:
-        attempts = Attempts(self._retry, time.monotonic() + self._timeout.append_s)
+        attempts = self._append_attempts()
         while not plan.is_done:
             self._stream.check_open()
             try:
@@ -285,6 +380,9 @@ class Client:
             plan.on_stored()
             if progress is not None:
                 progress(*plan.progress)
+
+    def _append_attempts(self) -> Attempts:
+        return Attempts(self._retry, time.monotonic() + self._timeout.append_s)
 
     def _refresh(self, mirror: Mirror) -> SessionState:
         state = self.get_session(mirror.session_id)
@@ -307,15 +405,6 @@ class Client:
 
     def _call(self, rule: CallRule, request: Any) -> Any:
         """Call an rpc, again where its rule allows; None when an attempt without an answer had done it."""
-        method = self._channel.unary_unary(*unary_rpc(rule))
+        rpc = calling(self._channel.unary_unary(*unary_rpc(rule)), self._metadata)
         attempts = Attempts(self._retry, time.monotonic() + self._timeout.call_s)
-        while True:
-            self._stream.check_open()
-            try:
-                return method(request, timeout=attempts.remaining(time.monotonic()))
-            except grpc.RpcError as exc:
-                error = error_from_rpc(exc, changes=rule.changes)
-            delay = attempts.delay_by_rule(rule, error, time.monotonic())
-            if delay is None:
-                return None
-            time.sleep(delay)
+        return run_call(rpc, rule, request, attempts, self._stream.check_open)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from octavo_client._errors import RefusedError
 
 if TYPE_CHECKING:
-    from octavo_client._async import AsyncSession
+    from octavo_client._async_session import AsyncSession
     from octavo_client._session import Session
 
 
@@ -67,6 +67,8 @@ class ServerInfo:
         max_steps_in_flight: Steps of one stream that the server works on at once.
         num_sessions: Open sessions when the server was asked.
         max_sessions: Most sessions that the server keeps.
+        default_lease_s: Lease of a session that asks for none, in seconds.
+        max_lease_s: Longest lease that the server grants.
     """
 
     version: str
@@ -78,6 +80,8 @@ class ServerInfo:
     max_steps_in_flight: int
     num_sessions: int
     max_sessions: int
+    default_lease_s: float = 0.0
+    max_lease_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class LaunchStats:
         copy_in_us: Of every launch.
         kernel_us: Of every launch.
         copy_out_us: Of every launch, until its last answer was handed over.
+        cache_bytes: Bytes of the cache that they read and wrote; over kernel_us, the bandwidth of the kernels.
     """
 
     max_batch_size: int
@@ -106,6 +111,7 @@ class LaunchStats:
     copy_in_us: int
     kernel_us: int
     copy_out_us: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +121,14 @@ class PoolStats:
     Attributes:
         num_blocks: Blocks in the pool.
         num_free_blocks: Blocks that no session holds.
+        block_size: Tokens of one block.
+        block_bytes: Bytes of one block in all layers.
     """
 
     num_blocks: int
     num_free_blocks: int
+    block_size: int
+    block_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +148,10 @@ class ServerStats:
         num_streams: Open streams.
         max_streams: Streams that may be open.
         pools: Blocks by model, in the order of the server's configuration.
+        device_free_bytes: Bytes that were free on the server's device beside the pools.
+        num_opened_sessions: Sessions opened, restored and imported ones among them.
+        num_expired_sessions: Sessions closed because their lease ended.
+        uptime_s: Seconds since the server's start.
     """
 
     num_steps: int
@@ -152,6 +166,10 @@ class ServerStats:
     num_streams: int
     max_streams: int
     pools: Mapping[str, PoolStats]
+    device_free_bytes: int
+    num_opened_sessions: int
+    num_expired_sessions: int
+    uptime_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +181,11 @@ class SessionState:
         handle: Name on the wire's data calls.
         model: Name of its model.
         lengths: [num_layers] cached tokens.
-        num_blocks: Blocks that it holds.
+        num_blocks: Blocks that it holds, those that it reserved among them.
+        lease_s: Seconds without use after which the server closes it.
+        lease_remaining_s: What is left of them.
+        on_disconnect: "keep" or "close"; see SessionOptions.
+        reserved_tokens: Tokens whose blocks it holds whatever its length.
     """
 
     session_id: str
@@ -171,6 +193,28 @@ class SessionState:
     model: str
     lengths: tuple[int, ...]
     num_blocks: int
+    lease_s: float = 0.0
+    lease_remaining_s: float = 0.0
+    on_disconnect: str = "keep"
+    reserved_tokens: int = 0
+
+
+class SessionOptions(TypedDict, total=False):
+    """How a session is opened.
+
+    Attributes:
+        lease_s: Seconds without a step, an append, a truncate or a keep_alive after which the server closes the
+            session; it shortens what is longer than its longest. None = the server's default.
+        on_disconnect: "keep" (default): the session stays until its lease ends, and the client goes on with it once it
+            is connected again. "close": the server closes it when the connection that last carried a step of it ends,
+            also where the client would have connected again.
+        reserve_tokens: Tokens whose blocks are taken at once and kept until the session is closed, so that none of its
+            first so many tokens is ever refused for want of blocks; 0 = none (default).
+    """
+
+    lease_s: float | None
+    on_disconnect: Literal["keep", "close"]
+    reserve_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

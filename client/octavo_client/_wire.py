@@ -6,28 +6,50 @@ import os
 import secrets
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import index
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
 from octavo.v1 import octavo_pb2 as pb
+from octavo_client._config import check_seconds
+from octavo_client._errors import RefusedError
+from octavo_client._status import error_from_status
 from octavo_client._types import (
     LaunchStats,
     Model,
     PoolStats,
     ServerInfo,
     ServerStats,
+    SessionOptions,
     SessionState,
     StageTimes,
 )
+
+
+class HasSessionId(Protocol):
+    """A sync or an asyncio session."""
+
+    @property
+    def session_id(self) -> str:
+        """Name for people."""
+
 
 _MAX_POSITION = 2**32 - 1
 """What the wire's fields hold."""
 
 PAGE_SIZE = 1000
 """Sessions asked for at once when listing."""
+
+MAX_RENEWED = 4096
+"""Sessions that one KeepAlive may name."""
+
+_MAX_MS = 2**63 - 1
+"""No lease is longer; the server shortens it anyway."""
+
+_POLICIES = {"keep": pb.DISCONNECT_POLICY_KEEP, "close": pb.DISCONNECT_POLICY_CLOSE}
 
 
 def check_span(name: str, start_pos: int, num_tokens: int = 0) -> None:
@@ -65,9 +87,74 @@ def random_key() -> int:
         return _keys.pop() or 1
 
 
-def open_request(model: str) -> pb.OpenSessionRequest:
-    """Return the request for a new session; sent again, it opens no second one."""
-    return pb.OpenSessionRequest(model=model, request_id=secrets.token_hex(16))
+def open_request(model: str, options: SessionOptions) -> pb.OpenSessionRequest:
+    """Return the request for a new session; sent again, it opens no second one.
+
+    Raises:
+        ValueError, TypeError: An option is none that a session can have.
+    """
+    lease_s = options.get("lease_s")
+    reserve_tokens = options.get("reserve_tokens", 0)
+    check_span("reserve_tokens", reserve_tokens)
+    return pb.OpenSessionRequest(
+        model=model,
+        request_id=secrets.token_hex(16),
+        lease_ms=0 if lease_s is None else milliseconds("lease_s", lease_s),
+        disconnect_policy=_disconnect_policy(options.get("on_disconnect", "keep")),
+        reserve_tokens=reserve_tokens,
+    )
+
+
+def import_request(model: str, options: SessionOptions) -> pb.ImportSessionRequest:
+    """Return the first message of an import, without data; sent again, it opens no second session.
+
+    Raises:
+        ValueError, TypeError: An option is none that a session can have.
+    """
+    opening = open_request(model, options)
+    is_asked = "on_disconnect" in options
+    return pb.ImportSessionRequest(
+        model=model,
+        request_id=opening.request_id,
+        lease_ms=opening.lease_ms,
+        disconnect_policy=opening.disconnect_policy
+        if is_asked
+        else pb.DISCONNECT_POLICY_UNSPECIFIED,
+        reserve_tokens=opening.reserve_tokens,
+    )
+
+
+def milliseconds(name: str, seconds: float) -> int:
+    """Return a time as the wire has it, at least 1 ms.
+
+    Raises:
+        ValueError, TypeError: It is no positive, finite number of seconds.
+    """
+    check_seconds(name, seconds)
+    return min(max(round(seconds * 1000), 1), _MAX_MS)
+
+
+def _disconnect_policy(name: str) -> pb.DisconnectPolicy:
+    try:
+        return _POLICIES[name]
+    except KeyError:
+        raise ValueError(f"on_disconnect must be 'keep' or 'close', got {name!r}") from None
+
+
+def renewals(sessions: Iterable[HasSessionId]) -> Iterator[pb.KeepAliveRequest]:
+    """Yield the requests that renew the leases of sessions, as many a request as it may name."""
+    session_ids = [session.session_id for session in sessions]
+    for start in range(0, len(session_ids), MAX_RENEWED):
+        yield pb.KeepAliveRequest(session_ids=session_ids[start : start + MAX_RENEWED])
+
+
+def read_leases(response: pb.KeepAliveResponse) -> dict[str, RefusedError]:
+    """Return why sessions were not renewed, by session id; those that were are left out."""
+    return {
+        lease.session_id: error_from_status(lease.error)
+        for lease in response.leases
+        if lease.HasField("error")
+    }
 
 
 def truncate_request(
@@ -98,13 +185,18 @@ def read_server_info(response: pb.ServerInfoResponse) -> ServerInfo:
         max_steps_in_flight=response.max_steps_in_flight,
         num_sessions=response.num_sessions,
         max_sessions=response.max_sessions,
+        default_lease_s=response.default_lease_ms / 1000,
+        max_lease_s=response.max_lease_ms / 1000,
     )
 
 
 def read_server_stats(response: pb.ServerStatsResponse) -> ServerStats:
     """Return what the server has done and holds."""
     pools = {
-        pool.model: PoolStats(pool.num_blocks, pool.num_free_blocks) for pool in response.pools
+        pool.model: PoolStats(
+            pool.num_blocks, pool.num_free_blocks, pool.block_size, pool.block_bytes
+        )
+        for pool in response.pools
     }
     return ServerStats(
         num_steps=response.num_steps,
@@ -119,6 +211,10 @@ def read_server_stats(response: pb.ServerStatsResponse) -> ServerStats:
         num_streams=response.num_streams,
         max_streams=response.max_streams,
         pools=MappingProxyType(pools),
+        device_free_bytes=response.device_free_bytes,
+        num_opened_sessions=response.num_opened_sessions,
+        num_expired_sessions=response.num_expired_sessions,
+        uptime_s=response.uptime_s,
     )
 
 
@@ -130,6 +226,12 @@ def read_session(session: pb.Session) -> SessionState:
         model=session.model,
         lengths=tuple(session.lengths),
         num_blocks=session.num_blocks,
+        lease_s=session.lease_ms / 1000,
+        lease_remaining_s=session.lease_remaining_ms / 1000,
+        on_disconnect=(
+            "close" if session.disconnect_policy == pb.DISCONNECT_POLICY_CLOSE else "keep"
+        ),
+        reserved_tokens=session.reserved_tokens,
     )
 
 
@@ -159,6 +261,7 @@ def _read_launches(launches: pb.LaunchStats) -> LaunchStats:
         copy_in_us=launches.copy_in_us,
         kernel_us=launches.kernel_us,
         copy_out_us=launches.copy_out_us,
+        cache_bytes=launches.cache_bytes,
     )
 
 

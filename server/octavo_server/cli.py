@@ -1,4 +1,4 @@
-"""The command `octavo-server`: serve, build the kernels ahead, print an example configuration."""
+"""The command `octavo-server`: serve, build the kernels ahead, show a server's status, draw a token, and more."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from octavo_server.backends.base import UnsupportedError
-from octavo_server.config import ConfigError, ModelKeys, ServerConfig, load_config
+from octavo_server.config import ConfigError, load_config
+from octavo_server.config_keys import ModelKeys, ServerConfig
 from octavo_server.config_schema import Key, keys_of
 from octavo_server.logs import setup_logs
+from octavo_server.status_command import add_status
+from octavo_server.tokens import draw_token, hash_token
 from octavo_server.version import software_version
 
 EXAMPLE_CONFIG = "octavo.example.yaml"
@@ -29,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        0 on success, 1 when this machine cannot do what was asked, 2 for mistakes in the arguments or
-        the configuration, 3 when the device failed while serving.
+        0 on success, 1 when this machine cannot do what was asked or a server is not healthy, 2 for mistakes in the
+        arguments or the configuration, 3 when the device failed while serving.
     """
     args = _parser().parse_args(argv)
     try:
@@ -61,8 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_build(commands)
+    add_status(commands)
+    _add_health(commands)
     example = commands.add_parser("example-config", help="print a commented configuration")
     example.set_defaults(run=_print_example)
+    token = commands.add_parser(
+        "token", help="draw a tenant's token, and print it with its line for the tenants file"
+    )
+    token.set_defaults(run=_print_token)
     return parser
 
 
@@ -76,6 +85,29 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         'ten, such as 80,90; "all" = 80,86,89,90,100,120',
     )
     build.set_defaults(run=_build)
+
+
+def _add_health(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    health = commands.add_parser(
+        "health", help="ask a server whether it serves; exit code 0 when it does, else 1"
+    )
+    health.add_argument("--target", required=True, metavar="HOST:PORT", help="or unix:PATH")
+    health.add_argument(
+        "--service",
+        default="ready",
+        metavar="NAME",
+        help="ready (takes new work) or live (runs); default ready",
+    )
+    health.add_argument(
+        "--tls-ca",
+        type=Path,
+        metavar="FILE",
+        help="speak TLS, and trust this PEM file's authorities",
+    )
+    health.add_argument(
+        "--timeout", type=float, default=5.0, metavar="S", help="seconds to wait; default 5"
+    )
+    health.set_defaults(run=_health)
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -125,7 +157,7 @@ def _serve(args: argparse.Namespace) -> int:
     given = {key.name: getattr(args, key.name) for key in keys_of(ServerConfig)}
     flags = {name: text for name, text in given.items() if text is not None}
     config = load_config(args.config, flags, args.models)
-    setup_logs(config.log_level)
+    setup_logs(config.log_level, config.log_format)
     # Imported late: it brings torch and gRPC, and mistakes in the configuration are told without them.
     from octavo_server.server import EXIT_DEVICE_FAILURE, run  # noqa: PLC0415
 
@@ -149,6 +181,22 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
+def _health(args: argparse.Namespace) -> int:
+    # Imported late: it brings gRPC.
+    from octavo_server.health_check import check_health  # noqa: PLC0415
+
+    health = check_health(args.target, args.service, args.tls_ca, args.timeout)
+    print(health.text, file=sys.stdout if health.is_serving else sys.stderr)
+    return 0 if health.is_serving else EXIT_UNSUPPORTED
+
+
 def _print_example(_args: argparse.Namespace) -> int:
     print(example_config(), end="")
+    return 0
+
+
+def _print_token(_args: argparse.Namespace) -> int:
+    token = draw_token()
+    print(f"token: {token}")
+    print(f"token_sha256: [{hash_token(token).hex()}]")
     return 0

@@ -22,9 +22,9 @@ from octavo.v1.tensor_fields import (
     tensor_of,
 )
 from octavo_server.backends.base import HostArray
-from octavo_server.errors import Reason, mismatch
+from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.model_pool import ModelPool
-from octavo_server.session import SessionState
+from octavo_server.session import SessionOptions, SessionState
 from octavo_server.shared_memory import (
     IN_RESULT,
     AnswerPlace,
@@ -59,6 +59,9 @@ Tensors = Mapping[int, TensorField]
 """Tensors of a message by field number."""
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+MAX_REQUEST_ID_LEN = 128
+"""Characters; a client draws 32 of them."""
 
 
 def parse(message_type: type[AnyMessage], data: bytes) -> AnyMessage:
@@ -279,7 +282,52 @@ def write_session(state: SessionState) -> v1.Session:
         model=state.model,
         lengths=state.lengths,
         num_blocks=state.num_blocks,
+        lease_ms=state.options.lease_ms,
+        lease_remaining_ms=round(state.lease_remaining_s * 1000),
+        disconnect_policy=(
+            v1.DISCONNECT_POLICY_CLOSE
+            if state.options.closes_on_disconnect
+            else v1.DISCONNECT_POLICY_KEEP
+        ),
+        reserved_tokens=state.options.reserve_tokens,
     )
+
+
+def check_request_id(request_id: str) -> None:
+    """Check the length of a request_id.
+
+    Raises:
+        OctavoError: MALFORMED_MESSAGE.
+    """
+    if len(request_id) > MAX_REQUEST_ID_LEN:
+        expected = f"at most {MAX_REQUEST_ID_LEN} characters"
+        actual = f"{len(request_id)} characters"
+        raise mismatch(Reason.MALFORMED_MESSAGE, "request_id", expected, actual)
+
+
+def read_options(request: v1.OpenSessionRequest | v1.ImportSessionRequest) -> SessionOptions:
+    """Return what a client asks for a session; a lease of 0 s where it leaves that to the server.
+
+    Raises:
+        OctavoError: MALFORMED_MESSAGE.
+    """
+    policy = request.disconnect_policy
+    if policy not in v1.DisconnectPolicy.values():
+        raise mismatch(
+            Reason.MALFORMED_MESSAGE, "disconnect_policy", "one of DisconnectPolicy", policy
+        )
+    return SessionOptions(
+        lease_s=request.lease_ms / 1000,
+        closes_on_disconnect=policy == v1.DISCONNECT_POLICY_CLOSE,
+        reserve_tokens=request.reserve_tokens,
+    )
+
+
+def write_lease(session_id: str, renewed: SessionState | OctavoError) -> v1.Lease:
+    """Return what became of a session's lease."""
+    if isinstance(renewed, OctavoError):
+        return v1.Lease(session_id=session_id, error=to_status(renewed))
+    return v1.Lease(session_id=session_id, remaining_ms=round(renewed.lease_remaining_s * 1000))
 
 
 def write_model(pool: ModelPool) -> v1.Model:
@@ -316,7 +364,11 @@ def write_stats(stats: ServerStats) -> v1.ServerStatsResponse:
         num_queued=engine.num_queued,
         max_queued_steps=engine.max_queued_steps,
         num_sessions=engine.num_sessions,
+        num_opened_sessions=engine.num_opened_sessions,
+        num_expired_sessions=engine.num_expired_sessions,
         num_streams=stats.num_streams,
         max_streams=stats.max_streams,
         pools=[v1.PoolStats(**pool._asdict()) for pool in engine.pools],
+        device_free_bytes=engine.device_free_bytes,
+        uptime_s=stats.uptime_s,
     )

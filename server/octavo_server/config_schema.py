@@ -26,12 +26,14 @@ class Kind:
         parse: Returns the parsed value, or raises ValueError.
         is_text: Whether a flag's text is the value itself rather than YAML.
         show: Writes a parsed value the way a user would write it.
+        is_secret: Whether a mistake must not quote what was given.
     """
 
     expected: str
     parse: Callable[[object], Any]
     is_text: bool = False
     show: Callable[[Any], str] = str
+    is_secret: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,13 @@ def text(expected: str, pattern: str) -> Kind:
         return value
 
     return Kind(expected, parse, is_text=True)
+
+
+def address() -> Kind:
+    """Accept "host:port", also "[::1]:9464", or nothing."""
+    return text(
+        'an address such as "127.0.0.1:9464", or nothing', r"((\[[^\s\]]+\]|[^\s:]+):\d{1,5})?"
+    )
 
 
 def one_of(*choices: object) -> Kind:

@@ -34,13 +34,23 @@ class Where:
 
 @dataclass(slots=True)
 class Report:
-    """The mistakes found so far."""
+    """The mistakes found so far.
+
+    Attributes:
+        mistakes: Each with its place.
+        quotes: Whether the text of one may quote values that stand where none should; they may be secret.
+    """
 
     mistakes: list[tuple[Where, str]] = field(default_factory=list)
+    quotes: bool = True
 
     def add(self, where: Where, text: str) -> None:
         """Record one mistake."""
         self.mistakes.append((where, text))
+
+    def add_of_key(self, where: Where, name: str, text: str) -> None:
+        """Record one mistake of a key, and name the key where its place does not."""
+        self.add(where, text if where.source == flag_of(name) else f"{name}: {text}")
 
     def lines(self) -> tuple[str, ...]:
         """Return the mistakes in the order of the file's lines, each behind its place."""
@@ -111,24 +121,57 @@ def read_file(path: Path, report: Report) -> Source | None:
     """Read a YAML file; None, and one mistake, where it cannot be read at all."""
     top = Where(str(path), 1)
     try:
-        root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+        data = path.read_bytes()
     except OSError as error:
         report.add(Where(str(path)), f"cannot be read: {error.strerror}; expected a file")
         return None
-    except (yaml.YAMLError, RecursionError) as error:
-        _report_syntax(error, top, report)
+    nodes = _read_top(data, top, "port: 50051", report)
+    if nodes is None:
         return None
-    if root is None:
-        return Source(Section(top, {}, path.parent))
-    if not isinstance(root, yaml.MappingNode):
-        report.add(top, f"holds {_name_of(root)}; expected keys such as `port: 50051`")
-        return None
-    nodes = _nodes_of(root, top, report)
     where, models_node = nodes.pop(MODELS_KEY, (top, None))
     server = _read_section(top, nodes, path.parent, report)
     if models_node is None:
         return Source(server)
-    return Source(server, tuple(_read_models(where, models_node, path.parent, report)))
+    models = _read_sections(where, MODELS_KEY, models_node, path.parent, report)
+    return Source(server, tuple(models))
+
+
+def read_list(path: Path, data: bytes, key: str, report: Report) -> list[Section]:
+    """Read what a YAML file holds that has one key, with a list of sections.
+
+    Args:
+        path: Where it comes from.
+        data: All of it.
+        key: The key.
+        report: Takes the mistakes.
+    """
+    top = Where(str(path), 1)
+    nodes = _read_top(data, top, f"{key}:", report)
+    if nodes is None:
+        return []
+    where, node = nodes.pop(key, (top, None))
+    for name, (place, _) in nodes.items():
+        report.add(place, f"{name}: unknown key; expected {key} alone")
+    if node is None:
+        report.add(where, f"{key}: missing; expected a list")
+        return []
+    return list(_read_sections(where, key, node, path.parent, report))
+
+
+def _read_top(data: bytes, top: Where, example: str, report: Report) -> dict[str, _Located] | None:
+    """Return the nodes of a file's keys; None, and one mistake, where it is no mapping."""
+    try:
+        root = yaml.compose(data, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        _report_syntax(error, top, report)
+        return None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        got = _name_of(root, quotes=report.quotes)
+        report.add(top, f"holds {got}; expected keys such as `{example}`")
+        return None
+    return _nodes_of(root, top, report)
 
 
 def _report_syntax(error: Exception, top: Where, report: Report) -> None:
@@ -154,19 +197,20 @@ def _nodes_of(node: yaml.MappingNode, file: Where, report: Report) -> dict[str, 
     return nodes
 
 
-def _read_models(
-    where: Where, node: yaml.Node, base_dir: Path, report: Report
+def _read_sections(
+    where: Where, key: str, node: yaml.Node, base_dir: Path, report: Report
 ) -> Iterator[Section]:
     if not isinstance(node, yaml.SequenceNode):
-        report.add(where, f"{MODELS_KEY}: got {_name_of(node)}; expected a list of models")
+        got = _name_of(node, quotes=report.quotes)
+        report.add(where, f"{key}: got {got}; expected a list of {key}")
         return
     for item in node.value:
         place = _at(where, item)
         if isinstance(item, yaml.MappingNode):
             yield _read_section(place, _nodes_of(item, place, report), base_dir, report)
         else:
-            got = _name_of(item)
-            report.add(place, f"{MODELS_KEY}: got {got}; expected keys such as `name: llama`")
+            got = _name_of(item, quotes=report.quotes)
+            report.add(place, f"{key}: got {got}; expected keys such as `name: llama`")
 
 
 def _read_section(
@@ -177,7 +221,8 @@ def _read_section(
         try:
             entries[name] = Entry(_value_of(node), place)
         except ValueError as error:
-            report.add(place, f"{name}: got {error}; expected a plain value or a list of them")
+            got = error if report.quotes else "what is not shown here"
+            report.add(place, f"{name}: got {got}; expected a plain value or a list of them")
     return Section(where, entries, base_dir)
 
 
@@ -206,9 +251,9 @@ def _typed_scalar(node: yaml.ScalarNode) -> object:
         raise ValueError(f"{_name_of(node)} as {node.tag.rpartition(':')[2]}") from None
 
 
-def _name_of(node: yaml.Node) -> str:
+def _name_of(node: yaml.Node, *, quotes: bool = True) -> str:
     if isinstance(node, yaml.ScalarNode):
-        return f"the value {node.value!r}"
+        return f"the value {node.value!r}" if quotes else "a value"
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 

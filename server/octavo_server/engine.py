@@ -16,24 +16,44 @@ from typing import TypeVar
 
 from octavo_server import errors
 from octavo_server.backends.base import Backend
-from octavo_server.config import DEFAULT_MAX_QUEUED_STEPS
+from octavo_server.config_keys import DEFAULT_MAX_QUEUED_STEPS
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.launch import (
     NOTHING_RAN,
     admit_step,
     answer_step,
     build_batch,
+    num_read_tokens,
     run_launch,
     settle,
 )
 from octavo_server.model_pool import ModelPool
-from octavo_server.queued import Queued, QueuedChange, QueuedStep, expired, refuse, work_item
+from octavo_server.queued import (
+    Queued,
+    QueuedChange,
+    QueuedStep,
+    QueuedTask,
+    change_item,
+    expired,
+    refuse,
+    task_item,
+    work_item,
+)
 from octavo_server.scheduler import Scheduler, Turn
-from octavo_server.session import Session, SessionState
+from octavo_server.session import Session
 from octavo_server.session_store import SessionStore
+from octavo_server.session_transfer import Transfers
+from octavo_server.sessions import Sessions
 from octavo_server.stats import EngineStats, LaunchTimes, LaunchTotals, PoolStats
-from octavo_server.step import StepAnswer, StepRequest, check_entries, check_tensors
-from octavo_server.work import WHOLE_SESSION, WorkItem, WorkKey
+from octavo_server.step import (
+    StepAnswer,
+    StepOrigin,
+    StepRequest,
+    check_entries,
+    check_tensors,
+)
+from octavo_server.tenant import Tenants
+from octavo_server.work import WorkItem
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +72,8 @@ class Engine:
     Args:
         backend: Runs the operations.
         pools: Served models by name.
-        sessions: Where sessions are kept.
+        store: Where sessions are kept.
+        tenants: Whose sessions they may be.
         on_failure: Called once, from the engine's thread, when the backend fails.
         max_queued_steps: Steps that may wait for their launch; one more is refused.
     """
@@ -61,13 +82,14 @@ class Engine:
         self,
         backend: Backend,
         pools: Mapping[str, ModelPool],
-        sessions: SessionStore,
+        store: SessionStore,
+        tenants: Tenants,
         on_failure: Callable[[], None] = lambda: None,
         max_queued_steps: int = DEFAULT_MAX_QUEUED_STEPS,
     ) -> None:
         self.pools = pools
         self._backend = backend
-        self._sessions = sessions
+        self._tenants = tenants
         self._on_failure = on_failure
         self._max_queued_steps = max_queued_steps
         self._totals = LaunchTotals()
@@ -75,6 +97,10 @@ class Engine:
         self._lock = threading.Lock()
         self._has_work = threading.Condition(self._lock)
         self._is_idle = threading.Condition(self._lock)
+        self.sessions = Sessions(
+            store, pools, self._has_work, self._check_accepting, self._enqueue_change
+        )
+        self.transfers = Transfers(backend, store, self.sessions, self._lock, self.run_task)
         self._last_launch_s = 0.0
         self._is_busy = self._is_draining = self._is_stopped = self._has_failed = False
         self._thread = threading.Thread(target=self._take_turns, name="octavo-engine", daemon=True)
@@ -102,119 +128,55 @@ class Engine:
             self._has_work.notify()
             self._is_idle.wait_for(lambda: not self._is_busy)
         self._thread.join()
-        for queued in self._scheduler.clear():
-            refuse(queued, errors.draining())
+        self.drop_queued()
 
     @property
     def has_failed(self) -> bool:
         """Whether the backend has failed: nothing is run any more."""
         return self._has_failed
 
-    @property
-    def num_sessions(self) -> int:
-        """Open sessions."""
-        return len(self._sessions)
-
     def stats(self) -> EngineStats:
         """Return what was done since the start, and what is held now."""
+        free_bytes = self._free_bytes()
         with self._lock:
             return EngineStats(
                 launches=self._totals.stats(),
+                queue=self._totals.queue,
+                kernel=self._totals.kernel,
                 num_appended_tokens=self._totals.num_appended_tokens,
                 num_queued=len(self._scheduler),
                 max_queued_steps=self._max_queued_steps,
-                num_sessions=len(self._sessions),
+                num_sessions=len(self.sessions),
+                num_opened_sessions=self.sessions.num_opened,
+                num_expired_sessions=self.sessions.num_expired,
+                device_free_bytes=free_bytes,
                 pools=tuple(
-                    PoolStats(name, pool.blocks.num_blocks, pool.blocks.num_free)
+                    PoolStats(
+                        name,
+                        pool.blocks.num_blocks,
+                        pool.blocks.num_free,
+                        pool.spec.block_size,
+                        pool.spec.block_bytes,
+                    )
                     for name, pool in self.pools.items()
                 ),
+                tenants=self._tenants.stats(),
             )
 
-    def open_session(self, model: str, request_id: str) -> SessionState:
-        """Open a session, or return the one that `request_id` opened before.
-
-        Raises:
-            OctavoError: MODEL_NOT_FOUND, SESSION_LIMIT, DUPLICATE_ENTRY, DRAINING or DEVICE_FAILURE.
-        """
-        with self._lock:
-            self._check_accepting()
-            pool = self.pools.get(model)
-            if pool is None:
-                raise errors.model_not_found(model)
-            state = self._sessions.open(pool.spec, pool.blocks, request_id).state()
-        log.debug("session %s of model %s is open", state.session_id, model)
-        return state
-
-    def get_session(self, session_id: str) -> SessionState:
-        """Return a session's state.
-
-        Raises:
-            OctavoError: SESSION_NOT_FOUND.
-        """
-        with self._lock:
-            return self._sessions.by_id(session_id).state()
-
-    def get_session_by_handle(self, handle: int) -> SessionState:
-        """Return a session's state.
-
-        Raises:
-            OctavoError: SESSION_NOT_FOUND.
-        """
-        with self._lock:
-            session = self._sessions.by_handle(handle)
-            if session is None:
-                raise errors.session_not_found(str(handle))
-            return session.state()
-
-    def list_sessions(self, after_idx: int, size: int) -> tuple[list[SessionState], int]:
-        """Return a page of sessions and where the next page starts, 0 after the last."""
-        with self._lock:
-            sessions, next_idx = self._sessions.page(after_idx, size)
-            return [session.state() for session in sessions], next_idx
-
-    def truncate_session(
-        self, session_id: str, length: int, expected_lengths: Sequence[int]
-    ) -> Future[SessionState]:
-        """Truncate a session once the work accepted before is done, unless the future is cancelled by then.
-
-        Returns:
-            The state after it, or OctavoError: SESSION_NOT_FOUND, POSITION_MISMATCH or SHAPE_MISMATCH.
-
-        Raises:
-            OctavoError: SESSION_NOT_FOUND, DRAINING or DEVICE_FAILURE.
-        """
-
-        def truncate(session: Session) -> SessionState:
-            session.truncate(length, expected_lengths)
-            return session.state()
-
-        return self._submit_change(session_id, truncate)
-
-    def close_session(self, session_id: str) -> Future[int]:
-        """Close a session once the work accepted before is done, unless the future is cancelled by then.
-
-        Returns:
-            The blocks freed by it, or OctavoError: SESSION_NOT_FOUND.
-
-        Raises:
-            OctavoError: SESSION_NOT_FOUND, DRAINING or DEVICE_FAILURE.
-        """
-
-        def close(session: Session) -> int:
-            self._sessions.forget(session)
-            log.debug("session %s closes at lengths %s", session_id, session.lengths)
-            return session.close()
-
-        return self._submit_change(session_id, close)
+    def _free_bytes(self) -> int:
+        try:
+            return self._backend.free_bytes()
+        except Exception:
+            # A device that has failed answers nothing; what is left to tell is told all the same.
+            return 0
 
     def submit(
         self,
         request: StepRequest,
         answer: Callable[[StepAnswer], None],
-        is_cancelled: Callable[[], bool] = lambda: False,
+        origin: StepOrigin,
         arrived_at: float | None = None,
         *,
-        client: Hashable = None,
         lead_s: float = 0.0,
     ) -> None:
         """Queue a step.
@@ -222,9 +184,8 @@ class Engine:
         Args:
             request: The step.
             answer: Called once with the answer, from this thread, the engine's or another that leads; must not block.
-            is_cancelled: Asked when the step's turn comes; a cancelled step is dropped, unapplied and unanswered.
+            origin: Where it comes from; its clients take turns when a launch cannot take all that is queued.
             arrived_at: When it was read, and its timeout began, on time.monotonic(); now by default.
-            client: Whose it is; clients take turns when a launch cannot take all that is queued.
             lead_s: Run the step here and now, before this returns, if the engine is idle and its last launch took less
                 than so many seconds.
 
@@ -236,7 +197,7 @@ class Engine:
         check_entries(request)
         with self._lock:
             self._check_accepting()
-            sessions = [self._sessions.by_handle(handle) for handle in request.handles]
+            sessions = self.sessions.find(request.handles, origin)
         pool = self._common_pool(sessions)
         if pool is None:
             answer(answer_step(request, admit_step(request, sessions), NOTHING_RAN, 0))
@@ -246,19 +207,31 @@ class Engine:
         if lead_s and self._begin_alone(lead_s):
             self._take(Turn([step], []))
         else:
-            self._enqueue(work_item(step, is_cancelled, client))
+            self._enqueue_step(work_item(step, origin))
 
-    def _submit_change(
-        self, session_id: str, change: Callable[[Session], Result]
-    ) -> Future[Result]:
-        with self._lock:
-            self._check_accepting()
-            session = self._sessions.by_id(session_id)
+    def run_task(self, run: Callable[[], Result], client: Hashable) -> Future[Result]:
+        """Queue a short use of the backend, also while the engine drains; it is dropped if its future is cancelled.
+
+        Args:
+            run: Called with the turn, and without the lock; what it raises, but an OctavoError, is a device failure.
+            client: Whose it is; clients take turns.
+
+        Raises:
+            OctavoError: DEVICE_FAILURE, or DRAINING once the engine has stopped.
+        """
         future: Future[Result] = Future()
-        key = WorkKey(session.handle, WHOLE_SESSION)
-        queued = QueuedChange(session, change, future)
-        self._enqueue(WorkItem(queued, frozenset([key]), is_cancelled=future.cancelled))
+        with self._lock:
+            if self._has_failed or self._is_stopped:
+                self._check_accepting()
+            self._enqueue(task_item(QueuedTask(run, future, client), MAX_PROMPT_TOKENS))
         return future
+
+    def drop_queued(self) -> None:
+        """Refuse what is still queued, unapplied."""
+        with self._lock:
+            dropped = self._scheduler.clear()
+        for queued in dropped:
+            refuse(queued, errors.draining())
 
     def _begin_alone(self, lead_s: float) -> bool:
         """Begin a turn for this thread, if the engine is idle, its backend takes any thread, and launches are short."""
@@ -269,16 +242,22 @@ class Engine:
             self._is_busy |= begins
             return begins
 
-    def _enqueue(self, item: WorkItem[Queued]) -> None:
+    def _enqueue_step(self, item: WorkItem[Queued]) -> None:
         with self._lock:
             self._check_accepting()
-            is_step = isinstance(item.payload, QueuedStep)
-            if is_step and len(self._scheduler) >= self._max_queued_steps:
+            if len(self._scheduler) >= self._max_queued_steps:
                 what = "queued steps"
                 raise errors.limit_reached(Reason.QUEUE_FULL, what, self._max_queued_steps)
-            self._scheduler.submit(item)
-            if not self._is_busy:  # Who has the turn looks at the queue again.
-                self._has_work.notify()
+            self._enqueue(item)
+
+    def _enqueue_change(self, change: QueuedChange) -> None:
+        """Queue a change of a session; under the lock."""
+        self._enqueue(change_item(change))
+
+    def _enqueue(self, item: WorkItem[Queued]) -> None:
+        self._scheduler.submit(item)
+        if not self._is_busy:  # Who has the turn looks at the queue again.
+            self._has_work.notify()
 
     def _check_accepting(self) -> None:
         if self._has_failed:
@@ -286,8 +265,8 @@ class Engine:
         if self._is_draining:
             raise errors.draining()
 
-    def _common_pool(self, sessions: Sequence[Session | None]) -> ModelPool | None:
-        names = {session.spec.name for session in sessions if session is not None}
+    def _common_pool(self, sessions: Sequence[Session | OctavoError]) -> ModelPool | None:
+        names = {session.spec.name for session in sessions if isinstance(session, Session)}
         if len(names) > 1:
             actual = f"of {', '.join(sorted(names))}"
             raise errors.mismatch(Reason.SHAPE_MISMATCH, "session_handles", "of one model", actual)
@@ -296,14 +275,27 @@ class Engine:
     def _take_turns(self) -> None:
         while True:
             with self._lock:
-                self._has_work.wait_for(
-                    lambda: self._is_stopped or (len(self._scheduler) and not self._is_busy)
-                )
+                self._end_sessions()
+                while not self._has_turn():
+                    self._wait_for_work()
+                    self._end_sessions()
                 if self._is_stopped:
                     return
                 self._is_busy = True
                 turn = self._scheduler.next_turn(time.monotonic())
             self._take(turn)
+
+    def _has_turn(self) -> bool:
+        return self._is_stopped or bool(len(self._scheduler) and not self._is_busy)
+
+    def _wait_for_work(self) -> None:
+        """Wait until there may be work, or a session is to end."""
+        next_due = None if self._is_draining else self.sessions.next_due
+        self._has_work.wait(None if next_due is None else max(next_due - time.monotonic(), 0.0))
+
+    def _end_sessions(self) -> None:
+        if not self._is_draining:
+            self.sessions.end_due()
 
     def _take(self, turn: Turn[Queued]) -> None:
         """Run a turn that this thread began, and pass the lead on."""
@@ -328,6 +320,8 @@ class Engine:
             for queued in batch:
                 if isinstance(queued, QueuedChange):
                     self._run_change(queued)
+                elif isinstance(queued, QueuedTask):
+                    _run_task(queued)
         except Exception as error:
             self._fail(error)
             for queued in batch:
@@ -339,7 +333,7 @@ class Engine:
         try:
             with self._lock:
                 if queued.session.is_closed:
-                    raise errors.session_not_found(queued.session.session_id)
+                    raise queued.session.gone()
                 result = queued.change(queued.session)
         except OctavoError as error:
             queued.future.set_exception(error)
@@ -358,9 +352,12 @@ class Engine:
         outcome = run_launch(self._backend, pool.cache, requests, entries, batch, times)
         times.num_steps, times.num_entries = len(steps), len(entries)
         times.num_tokens = int(batch.token_starts[-1])
-        times.queued_s = len(steps) * times.began_at - sum(step.arrived_at for step in steps)
+        times.arrivals = [step.arrived_at for step in steps]
+        read_tokens = num_read_tokens(pool.spec, batch) if requests[0].q is not None else 0
         with self._lock:
-            totals = self._totals.add(times, settle(entries, outcome))
+            num_stored = settle(entries, outcome, times.ran_at)
+            times.cache_bytes = (read_tokens + num_stored) * pool.spec.layer_token_bytes
+            totals = self._totals.add(times, num_stored)
         first_row = 0
         answers = []
         for step, step_entries in zip(steps, admitted, strict=True):
@@ -385,3 +382,14 @@ class Engine:
                 "backend %s failed; restart the server", self._backend.name, exc_info=error
             )
             self._on_failure()
+
+
+def _run_task(task: QueuedTask) -> None:
+    if not task.future.set_running_or_notify_cancel():
+        return
+    try:
+        result = task.run()
+    except OctavoError as error:
+        task.future.set_exception(error)
+    else:
+        task.future.set_result(result)

@@ -16,6 +16,8 @@ class Reason(StrEnum):
     """Stable names of refusals: the `reason` of google.rpc.ErrorInfo."""
 
     SESSION_NOT_FOUND = "SESSION_NOT_FOUND"
+    SESSION_EXPIRED = "SESSION_EXPIRED"
+    SESSION_LOST = "SESSION_LOST"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     LAYER_NOT_FOUND = "LAYER_NOT_FOUND"
     POSITION_MISMATCH = "POSITION_MISMATCH"
@@ -23,6 +25,7 @@ class Reason(StrEnum):
     OUT_OF_BLOCKS = "OUT_OF_BLOCKS"
     SESSION_LIMIT = "SESSION_LIMIT"
     STREAM_LIMIT = "STREAM_LIMIT"
+    TENANT_LIMIT = "TENANT_LIMIT"
     QUEUE_FULL = "QUEUE_FULL"
     MALFORMED_MESSAGE = "MALFORMED_MESSAGE"
     BAD_TENSOR = "BAD_TENSOR"
@@ -34,6 +37,8 @@ class Reason(StrEnum):
     SCALE_OVERFLOW = "SCALE_OVERFLOW"
     STEP_EXPIRED = "STEP_EXPIRED"
     SHARED_MEMORY_UNAVAILABLE = "SHARED_MEMORY_UNAVAILABLE"
+    SNAPSHOT_INVALID = "SNAPSHOT_INVALID"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
     DRAINING = "DRAINING"
     DEVICE_FAILURE = "DEVICE_FAILURE"
 
@@ -59,6 +64,8 @@ _LIMIT = ReasonSpec("RESOURCE_EXHAUSTED", ("limit",), is_retryable=True)
 
 REASONS: dict[Reason, ReasonSpec] = {
     Reason.SESSION_NOT_FOUND: ReasonSpec("NOT_FOUND", ("session_id",)),
+    Reason.SESSION_EXPIRED: ReasonSpec("NOT_FOUND", ("session_id", "lease_ms")),
+    Reason.SESSION_LOST: ReasonSpec("DATA_LOSS", ("session_id",)),
     Reason.MODEL_NOT_FOUND: ReasonSpec("NOT_FOUND", ("model",)),
     Reason.LAYER_NOT_FOUND: ReasonSpec("INVALID_ARGUMENT", ("layer", "num_layers")),
     Reason.POSITION_MISMATCH: ReasonSpec("FAILED_PRECONDITION", ("start_pos", "length", "layer")),
@@ -68,6 +75,7 @@ REASONS: dict[Reason, ReasonSpec] = {
     ),
     Reason.SESSION_LIMIT: _LIMIT,
     Reason.STREAM_LIMIT: _LIMIT,
+    Reason.TENANT_LIMIT: _LIMIT,
     Reason.QUEUE_FULL: _LIMIT,
     Reason.MALFORMED_MESSAGE: _MISMATCH,
     Reason.BAD_TENSOR: _MISMATCH,
@@ -79,6 +87,8 @@ REASONS: dict[Reason, ReasonSpec] = {
     Reason.SCALE_OVERFLOW: _OFFENCE,
     Reason.STEP_EXPIRED: ReasonSpec("DEADLINE_EXCEEDED", ("timeout_ms",)),
     Reason.SHARED_MEMORY_UNAVAILABLE: ReasonSpec("FAILED_PRECONDITION", ("cause",)),
+    Reason.SNAPSHOT_INVALID: ReasonSpec("FAILED_PRECONDITION", ("session_id", "cause")),
+    Reason.UNAUTHENTICATED: ReasonSpec("UNAUTHENTICATED"),
     Reason.DRAINING: ReasonSpec("UNAVAILABLE", is_retryable=True),
     Reason.DEVICE_FAILURE: ReasonSpec("INTERNAL"),
 }
@@ -118,6 +128,38 @@ def session_not_found(session_id: str) -> OctavoError:
     return OctavoError(Reason.SESSION_NOT_FOUND, message, session_id=shown)
 
 
+def session_expired(session_id: str, lease_ms: int) -> OctavoError:
+    """Return the refusal of a session whose lease ended; the session's id, or its handle in decimal."""
+    message = (
+        f"session {session_id!r} was closed after {lease_ms} ms without use, its lease; "
+        "open a new one, and keep it alive with KeepAlive or a longer lease"
+    )
+    return OctavoError(Reason.SESSION_EXPIRED, message, session_id=session_id, lease_ms=lease_ms)
+
+
+def session_lost(session_id: str) -> OctavoError:
+    """Return the refusal of a session of another server process; its id, or its handle in decimal."""
+    shown = _shorten(session_id, MAX_VALUE_LEN)
+    message = (
+        f"session {shown!r} is of another server process and was not restored here: its cache is lost; "
+        "open a new one and append its tokens again"
+    )
+    return OctavoError(Reason.SESSION_LOST, message, session_id=shown)
+
+
+def snapshot_invalid(session_id: str, cause: str) -> OctavoError:
+    """Return the refusal of an exported session; its id is empty where even that cannot be read."""
+    message = (
+        f"not a session that can be opened here: {cause}; export it again, or append its tokens"
+    )
+    return OctavoError(
+        Reason.SNAPSHOT_INVALID,
+        message,
+        session_id=session_id,
+        cause=_shorten(cause, MAX_VALUE_LEN),
+    )
+
+
 def model_not_found(model: str) -> OctavoError:
     """Return the refusal of a name that is no model's."""
     shown = _shorten(model, MAX_VALUE_LEN)
@@ -138,6 +180,21 @@ def position_mismatch(layer: int, start_pos: int, length: int, advice: str) -> O
 def limit_reached(reason: Reason, what: str, limit: int) -> OctavoError:
     """Return the refusal of one more of something that is limited."""
     return OctavoError(reason, f"the server takes at most {limit} {what}; retry later", limit=limit)
+
+
+def tenant_limit(tenant: str, what: str, limit: int) -> OctavoError:
+    """Return the refusal of what would take a tenant over one of its own limits."""
+    message = (
+        f"tenant {tenant!r} may have at most {limit} {what}; "
+        "close or truncate sessions, or raise its limit in the server's config"
+    )
+    return OctavoError(Reason.TENANT_LIMIT, message, limit=limit)
+
+
+def unauthenticated(cause: str) -> OctavoError:
+    """Return the refusal of a call without a token that the server knows."""
+    message = f"{cause}; send metadata `authorization: Bearer TOKEN` with a token of one of the server's tenants"
+    return OctavoError(Reason.UNAUTHENTICATED, message)
 
 
 def draining() -> OctavoError:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo_server import errors
 from octavo_server.backends.base import (
     Backend,
     HostArray,
@@ -22,6 +21,7 @@ from octavo_server.backends.base import (
     StepOutput,
 )
 from octavo_server.errors import OctavoError, Reason
+from octavo_server.model import ModelSpec
 from octavo_server.session import Admission, AppendRecord, Session
 from octavo_server.stats import LaunchTimes
 from octavo_server.step import StepAnswer, StepRequest
@@ -56,15 +56,18 @@ class LaunchEntry:
     admission: Admission = _REFUSED
     error: OctavoError | None = None
 
-    def settle(self, offence: Offence | None) -> int:
-        """Confirm or refuse what was admitted, by what the backend found in the entry's rows.
+    def settle(self, offence: Offence | None, now: float) -> int:
+        """Confirm or refuse what was admitted, by what the backend found in the entry's rows; renew the lease.
 
         Returns:
             Tokens that are stored by it.
         """
         if self.error is None and offence is not None:
             self.error = _offence_error(offence)
-        if self.session is None or not self.admission.is_append:
+        if self.session is None:
+            return 0
+        self.session.used_at = now
+        if not self.admission.is_append:
             return 0
         if self.error is None:
             self.session.confirm(self.layer)
@@ -73,36 +76,38 @@ class LaunchEntry:
         return 0
 
 
-def admit_step(request: StepRequest, sessions: Sequence[Session | None]) -> list[LaunchEntry]:
+def admit_step(
+    request: StepRequest, sessions: Sequence[Session | OctavoError]
+) -> list[LaunchEntry]:
     """Admit the entries of a step, each on its own: blocks are reserved for those that append.
 
     Args:
         request: The step.
-        sessions: [num_entries] session of each handle, None where there is none.
+        sessions: [num_entries] session of each handle, or the refusal where there is none.
     """
-    entries = [
-        LaunchEntry(session, layer, start_pos, num_tokens, request.is_causal)
-        for session, layer, start_pos, num_tokens in zip(
-            sessions, request.layers, request.start_pos, request.num_tokens, strict=True
-        )
-    ]
-    for entry_idx, entry in enumerate(entries):
-        try:
-            entry.admission = _admit(request, entry, entry_idx)
-        except OctavoError as error:
-            entry.error = error
+    entries = []
+    for found, layer, start_pos, num_tokens in zip(
+        sessions, request.layers, request.start_pos, request.num_tokens, strict=True
+    ):
+        if isinstance(found, OctavoError):
+            entry = LaunchEntry(None, layer, start_pos, num_tokens, request.is_causal, error=found)
+        else:
+            entry = LaunchEntry(found, layer, start_pos, num_tokens, request.is_causal)
+            try:
+                entry.admission = _admit(request, found, entry)
+            except OctavoError as error:
+                entry.error = error
+        entries.append(entry)
     return entries
 
 
-def _admit(request: StepRequest, entry: LaunchEntry, entry_idx: int) -> Admission:
-    if entry.session is None:
-        raise errors.session_not_found(str(request.handles[entry_idx]))
+def _admit(request: StepRequest, session: Session, entry: LaunchEntry) -> Admission:
     if request.k is None:
-        return entry.session.admit_attend(
+        return session.admit_attend(
             entry.layer, entry.start_pos, entry.num_tokens, is_causal=entry.is_causal
         )
     record = AppendRecord(entry.start_pos, entry.num_tokens, request.step_key)
-    return entry.session.admit_append(entry.layer, record)
+    return session.admit_append(entry.layer, record)
 
 
 NOTHING_RAN = StepOutput(None, None, np.empty(0, np.int64))
@@ -143,11 +148,28 @@ def run_launch(
     return outcome
 
 
-def settle(entries: Sequence[LaunchEntry], outcome: StepOutput) -> int:
-    """Confirm or refuse every entry; return the tokens that are stored by it."""
+def num_read_tokens(spec: ModelSpec, batch: RaggedBatch) -> int:
+    """Return the cached tokens that attention over a batch reads, each entry's counted once.
+
+    Of a layer with a window those that none of the entry's queries attends to are left out. A kernel that reads whole
+    tiles, or reads a prompt's cache once for each tile of its queries, reads more.
+    """
+    kv_lens: list[int] = batch.kv_lens.tolist()
+    if spec.window.count(0) == spec.num_layers:
+        return sum(kv_lens)
+    starts = batch.token_starts.tolist()
+    windows = [spec.window[layer] for layer in batch.layers.tolist()]
+    return sum(
+        min(kv_len, window + end - start - 1) if window else kv_len
+        for kv_len, window, start, end in zip(kv_lens, windows, starts, starts[1:], strict=False)
+    )
+
+
+def settle(entries: Sequence[LaunchEntry], outcome: StepOutput, now: float) -> int:
+    """Confirm or refuse every entry, and renew the leases of their sessions; return the tokens stored by it."""
     num_stored = 0
     for entry, code in zip(entries, outcome.offences.tolist(), strict=True):
-        num_stored += entry.settle(Offence.unpack(code))
+        num_stored += entry.settle(Offence.unpack(code), now)
     return num_stored
 
 
@@ -188,7 +210,7 @@ def build_batch(entries: Sequence[LaunchEntry], block_size: int) -> RaggedBatch:
     kv_lens = [entry.admission.kv_len for entry in entries]
     token_starts = list(accumulate([entry.num_tokens for entry in entries], initial=0))
     is_append = [entry.admission.is_append for entry in entries]
-    tables = [_block_table(entry) for entry in entries]
+    tables = [_block_table(entry, block_size) for entry in entries]
     map_rows = _map_tokens if token_starts[-1] == num_entries else map_slots
     # One array and views of it: for a few entries it is making arrays that takes the time.
     numbers = np.array([*layers, *start_pos, *kv_lens, *token_starts], np.int32)
@@ -253,8 +275,13 @@ def _joined(tensors: Sequence[HostArray | None]) -> HostArray | None:
     return np.concatenate(given)
 
 
-def _block_table(entry: LaunchEntry) -> array[int]:
-    return entry.session.block_table if entry.session and not entry.error else _NO_TABLE
+def _block_table(entry: LaunchEntry, block_size: int) -> array[int]:
+    """Return the blocks that the entry's tokens are in, without those that are only reserved."""
+    if entry.session is None or entry.error:
+        return _NO_TABLE
+    table = entry.session.block_table
+    num_blocks = -(-entry.admission.kv_len // block_size)
+    return table if len(table) == num_blocks else table[:num_blocks]
 
 
 def _offence_error(offence: Offence) -> OctavoError:

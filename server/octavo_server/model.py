@@ -52,9 +52,14 @@ class ModelSpec:
         return self.num_q_heads // self.num_kv_heads
 
     @property
+    def layer_token_bytes(self) -> int:
+        """Bytes of one cached token in one layer: INT8 codes and FP16 scales of K and V."""
+        return 2 * self.num_kv_heads * (self.head_dim + SCALE_BYTES)
+
+    @property
     def int8_token_bytes(self) -> int:
-        """Bytes of one cached token in all layers: INT8 codes and FP16 scales of K and V."""
-        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim + SCALE_BYTES)
+        """Bytes of one cached token in all layers."""
+        return self.num_layers * self.layer_token_bytes
 
     @property
     def fp16_token_bytes(self) -> int:

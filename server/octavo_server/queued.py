@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.model_pool import ModelPool
 from octavo_server.session import Session
-from octavo_server.step import StepAnswer, StepRequest
-from octavo_server.work import WorkItem, WorkKey
+from octavo_server.step import StepAnswer, StepOrigin, StepRequest
+from octavo_server.work import WHOLE_SESSION, WorkItem, WorkKey
 
 MAX_DECODE_LEN = 32
 """Tokens an entry, on average, up to which a step is a decode step: as many as speculation drafts. More is a prompt."""
 
 
 class QueuedStep(NamedTuple):
-    """A step in the queue, with the sessions that its handles named when it arrived."""
+    """A step in the queue, with the sessions that its handles named when it arrived, or why they name none."""
 
     request: StepRequest
-    sessions: Sequence[Session | None]
+    sessions: Sequence[Session | OctavoError]
     pool: ModelPool
     answer: Callable[[StepAnswer], None]
     arrived_at: float
@@ -34,12 +34,37 @@ class QueuedChange(NamedTuple):
     future: Future[Any]
 
 
-Queued = QueuedStep | QueuedChange
+class QueuedTask(NamedTuple):
+    """A short use of the backend in the queue, between the launches of steps; it sees to the order of things itself."""
+
+    run: Callable[[], Any]
+    future: Future[Any]
+    client: Hashable
 
 
-def work_item(
-    step: QueuedStep, is_cancelled: Callable[[], bool], client: Hashable
-) -> WorkItem[Queued]:
+Queued = QueuedStep | QueuedChange | QueuedTask
+
+
+def task_item(task: QueuedTask, num_tokens: int) -> WorkItem[Queued]:
+    """Return a task as work for the scheduler: it goes where a prompt would, with `num_tokens` rows of a launch."""
+    return WorkItem(
+        task,
+        frozenset(),
+        batch_key=QueuedTask,
+        num_tokens=num_tokens,
+        is_cancelled=task.future.cancelled,
+        client=task.client,
+        is_prompt=True,
+    )
+
+
+def change_item(change: QueuedChange) -> WorkItem[Queued]:
+    """Return a change of a session as work for the scheduler."""
+    key = WorkKey(change.session.handle, WHOLE_SESSION)
+    return WorkItem(change, frozenset([key]), is_cancelled=change.future.cancelled)
+
+
+def work_item(step: QueuedStep, origin: StepOrigin) -> WorkItem[Queued]:
     """Return a step as work for the scheduler."""
     request = step.request
     tensors = request.tensors
@@ -52,8 +77,8 @@ def work_item(
         batch_key=(step.pool.spec.name, tensor.dtype, tuple([name for name, _ in tensors])),
         num_tokens=num_tokens,
         deadline=step.arrived_at + timeout_s,
-        is_cancelled=is_cancelled,
-        client=client,
+        is_cancelled=origin.is_gone,
+        client=origin,
         is_prompt=request.q is None or num_tokens > MAX_DECODE_LEN * request.num_entries,
     )
 

@@ -6,39 +6,43 @@ import gc
 import logging
 import os
 import secrets
+import select
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from io import FileIO
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from octavo_server import codec, errors
+from octavo_server import errors
+from octavo_server.auth import Auth
 from octavo_server.backends.base import Backend, UnsupportedError, alloc_paged_int8_cache
 from octavo_server.backends.registry import create_backend
 from octavo_server.block_pool import BlockPool
-from octavo_server.config import NO_HOST, ModelConfig, ServerConfig
+from octavo_server.config_keys import NO_HOST, ModelConfig, ServerConfig
+from octavo_server.config_rules import host_of, plaintext_warnings
 from octavo_server.engine import Engine
+from octavo_server.grpc_server import (
+    create_grpc_server,
+    create_health_server,
+    join_host_port,
+    limits_of,
+    listen,
+)
+from octavo_server.metrics import CONTENT_TYPE, create_exposition
+from octavo_server.metrics_server import MetricsServer
 from octavo_server.model import ModelSpec
 from octavo_server.model_pool import ModelPool
-from octavo_server.request_reader import RequestReader
-from octavo_server.service import (
-    SERVICE_NAME,
-    Gate,
-    Identity,
-    Limits,
-    OctavoService,
-    refusing,
-    responding,
-    run_in,
-    unary_handler,
-)
+from octavo_server.service import SERVICE_NAME, Identity, OctavoService
 from octavo_server.session_store import SessionStore
-from octavo_server.traffic import Traffic
+from octavo_server.snapshots import RestoreStoppedError, Snapshots
+from octavo_server.tenant import TenantLimits, Tenants
+from octavo_server.tls import TlsFiles
+from octavo_server.tracing import create_tracing
 from octavo_server.unix_socket import UnixSocket
 from octavo_server.version import software_version
 
@@ -50,21 +54,6 @@ LIVE = "live"
 READY_SERVICES = ("", "ready", SERVICE_NAME)
 """Health services that serve while the server takes new work."""
 
-RESERVED_THREADS = 8
-"""Handler threads for the short calls, beside those that streams, waiting calls and silent calls may hold."""
-
-MAX_SILENT_CALLS = 64
-"""Unary calls that may wait for their request; many, for the threads exist only while there are such calls."""
-
-HEALTH_THREADS = 4
-"""Threads that answer health alone, so that calls of any other kind cannot use them up; silent ones come on top."""
-
-KEEPALIVE_MS = 20_000
-"""A client that is silent for this long is pinged."""
-
-KEEPALIVE_TIMEOUT_MS = 10_000
-"""A client that does not answer a ping for this long is gone, and its streams are free."""
-
 STREAM_END_S = 5.0
 """Grace for streams to end once they have been told."""
 
@@ -74,73 +63,145 @@ EXIT_DEVICE_FAILURE = 3
 GIB = 2**30
 
 
+class Stopped(NamedTuple):
+    """How a server stopped.
+
+    Attributes:
+        is_drained: Whether everything accepted was finished within the config's drain_timeout_s.
+        num_unsaved: Sessions that were to be written and could not be.
+    """
+
+    is_drained: bool
+    num_unsaved: int
+
+
 class Server:
     """One serving process.
 
     Args:
         config: What to serve.
         on_failure: Called once, from the engine's thread, when the device fails.
+        is_stopping: Whether the server is to stop, asked while it starts.
 
     Raises:
-        UnsupportedError: The backend, a model or its pool does not work here; the text says what does.
+        ConfigError: The file of tenants has mistakes.
+        UnsupportedError: The backend, a model, its pool or a file of TLS does not work; the text says what does.
     """
 
-    def __init__(self, config: ServerConfig, on_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        on_failure: Callable[[], None] = lambda: None,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._config = config
+        self._is_stopping = is_stopping
         self._on_failure = on_failure
+        # First what an operator may have to correct: the pools take longer.
+        self._credentials = _tls_credentials(config)
+        tenants = Tenants(_tenant_limits(config))
+        self._auth = Auth(tenants, Path(config.tenants) if config.tenants else None)
         incarnation = secrets.token_hex(4)
         backend = create_backend(config.backend, config.num_threads, pin_threads=config.pin_threads)
         pools = _alloc_pools(backend, config.models)
-        sessions = SessionStore(incarnation, config.max_sessions)
+        store = SessionStore(incarnation, config.max_sessions)
         self._health = health.HealthServicer()
-        self._engine = Engine(backend, pools, sessions, self._fail, config.max_queued_steps)
-        identity = Identity(
-            software_version(), incarnation, backend.name, backend.description, config.max_sessions
+        self._engine = Engine(backend, pools, store, tenants, self._fail, config.max_queued_steps)
+        self._snapshots: Snapshots | None = None
+        if config.snapshot_dir:
+            folder = Path(config.snapshot_dir)
+            transfers = self._engine.transfers
+            self._snapshots = Snapshots(folder, incarnation, transfers, tenants.get)
+        identity = Identity(software_version(), incarnation, backend.name, backend.description)
+        self._tracing = create_tracing(config, identity.version, identity.incarnation)
+        self._service = OctavoService(
+            self._engine, self._auth, identity, limits_of(config), self._tracing
         )
-        self._service = OctavoService(self._engine, identity, _limits(config))
-        self._grpc = _create_grpc_server(config, self._service, self._health)
-        self.port = 0
+        self._grpc = create_grpc_server(config, self._service, self._auth, self._health)
+        self._probes = create_health_server(self._health) if config.health_address else None
+        self._metrics: MetricsServer | None = None
+        self.port = self.health_port = 0
 
     def start(self) -> int:
-        """Listen and serve.
+        """Listen, restore the sessions of a snapshot, and serve.
 
         Returns:
             The port, which the config left open when it said 0; 0 when the server has none.
 
         Raises:
-            UnsupportedError: The address or the socket cannot be listened on.
+            UnsupportedError: The address or the socket cannot be listened on, or the snapshot folder not used.
+            RestoreStoppedError: It is to stop; `stop` it, and the snapshot stays.
         """
-        if self._config.host != NO_HOST:
-            self.port = self._listen(_join_host_port(self._config.host, self._config.port))
-        if self._config.unix_socket:
-            UnixSocket(self._config.unix_socket).listen(self._grpc)
+        if self._snapshots is not None:
+            self._snapshots.lock()
+        self._listen()
         self._engine.start()
+        self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
+        if self._probes:
+            self._probes.start()
+        # The ports are ours by now, so that nothing is restored by a server that cannot serve; connections wait.
+        if self._snapshots is not None:
+            self._snapshots.restore(self._is_stopping)
+        self._auth.start()
         self._grpc.start()
-        for name in (LIVE, *READY_SERVICES):
+        if self._snapshots is not None:
+            self._snapshots.delete_consumed()
+        for name in READY_SERVICES:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return self.port
 
-    def stop(self) -> bool:
-        """Refuse new work, finish what was accepted (or, where the device failed, refuse it), end the streams.
+    def stop(self) -> Stopped:
+        """Refuse new work, finish what was accepted (or, where the device failed, refuse it), and end the streams.
 
-        Returns:
-            Whether everything accepted was finished within the config's drain_timeout_s.
+        Sessions are written then where there is a snapshot folder.
         """
         self._set_unready()
         is_drained = self._engine.drain(self._config.drain_timeout_s)
         has_failed = self._engine.has_failed
         self._service.end_streams(errors.device_failure() if has_failed else errors.draining())
         self._grpc.stop(STREAM_END_S).wait()
+        self._auth.stop()
+        num_unsaved = self._save_sessions()
         self._engine.stop()
-        return is_drained
+        if self._probes:
+            self._probes.stop(None)
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tracing is not None:
+            self._tracing.close()
+        return Stopped(is_drained, num_unsaved)
 
-    def _listen(self, address: str) -> int:
-        try:
-            return self._grpc.add_insecure_port(address)
-        except RuntimeError:
-            raise UnsupportedError(
-                f"cannot listen on {address}: choose another host or port, or stop what listens there"
-            ) from None
+    @property
+    def metrics_url(self) -> str:
+        """Where the metrics are, once the server has started; empty when it serves none."""
+        return self._metrics.url if self._metrics else ""
+
+    def _save_sessions(self) -> int:
+        snapshots, self._snapshots = self._snapshots, None
+        if snapshots is None:
+            return 0
+        with closing(snapshots):
+            if self._engine.has_failed:
+                return 0
+            self._engine.drop_queued()
+            return snapshots.write()
+
+    def _listen(self) -> None:
+        """Listen wherever the config says."""
+        config = self._config
+        if config.host != NO_HOST:
+            address = join_host_port(config.host, config.port)
+            self.port = listen(self._grpc, address, self._credentials)
+        if config.unix_socket:
+            UnixSocket(config.unix_socket).listen(self._grpc)
+        if self._probes:
+            self.health_port = listen(self._probes, config.health_address)
+        if config.metrics_address:
+            render = create_exposition(self._service.identity, self._service.stats)
+            self._metrics = MetricsServer(config.metrics_address, render, CONTENT_TYPE)
+            self._metrics.start()
+        for warning in plaintext_warnings(config):
+            log.warning("%s", warning)
 
     def _fail(self) -> None:
         self._set_unready()
@@ -155,35 +216,47 @@ def run(config: ServerConfig) -> int:
     """Serve until SIGTERM or SIGINT, then finish what is in flight; or until the device fails.
 
     Returns:
-        The process's exit code: 0; 1 when accepted work was left unfinished; EXIT_DEVICE_FAILURE when the device
-        failed, so that a supervisor starts another process.
+        The process's exit code: 0; 1 when accepted work was left unfinished, or a session could not be written;
+        EXIT_DEVICE_FAILURE when the device failed, so that a supervisor starts another process.
 
     Raises:
         UnsupportedError: The config cannot be served on this machine.
     """
     alarm = _Alarm()
-    server = Server(config, on_failure=alarm.ring)
+    server = Server(config, alarm.ring, alarm.has_rung)
     # The pools are there; from here on torch's threads would only be in the way of the backend's.
     torch.set_num_threads(1)
     settle_memory()
     alarm.watch_signals()
-    port = server.start()
+    try:
+        port = server.start()
+    except RestoreStoppedError as stopped_at:
+        server.stop()
+        log.info("stopped while sessions were restored, for the next server: %s", stopped_at)
+        return 0
     # Scripts that start a server with --port 0 read the first of these lines.
     for address in _addresses(config, port):
         print(f"listening on {address}", flush=True)
+    if server.metrics_url:
+        print(f"metrics on {server.metrics_url}", flush=True)
+    if config.health_address:
+        address = join_host_port(host_of(config.health_address), server.health_port)
+        print(f"health on {address}", flush=True)
     signal_number = alarm.wait()
     if signal_number is None:
         server.stop()
         log.critical("stopped, for the device failed; exit code %d", EXIT_DEVICE_FAILURE)
         return EXIT_DEVICE_FAILURE
     log.info("%s: finishing what is in flight", signal.Signals(signal_number).name)
-    if server.stop():
-        log.info("stopped; everything accepted was finished")
-        return 0
-    log.error(
-        "stopped; work was left unfinished after drain_timeout_s, %g s", config.drain_timeout_s
-    )
-    return 1
+    stopped = server.stop()
+    if not stopped.is_drained:
+        log.error("work was left unfinished after drain_timeout_s, %g s", config.drain_timeout_s)
+    if stopped.num_unsaved:
+        log.error("%d sessions are lost", stopped.num_unsaved)
+    if stopped != Stopped(is_drained=True, num_unsaved=0):
+        return 1
+    log.info("stopped; everything accepted was finished")
+    return 0
 
 
 def settle_memory() -> None:
@@ -214,10 +287,21 @@ class _Alarm:
         """Wake the main thread without a signal."""
         os.write(self._write_fd, b"\0")
 
+    def has_rung(self) -> bool:
+        """Return whether `wait` would return at once."""
+        return bool(select.select([self._pipe], [], [], 0)[0])
+
     def wait(self) -> int | None:
         """Wait for a signal and return its number, or None when rung without one."""
         (number,) = self._pipe.read(1)
         return number or None
+
+
+def _tls_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+    if not config.tls_cert:
+        return None
+    client_ca = Path(config.tls_client_ca) if config.tls_client_ca else None
+    return TlsFiles(Path(config.tls_cert), Path(config.tls_key), client_ca).credentials()
 
 
 def _alloc_pools(backend: Backend, models: tuple[ModelConfig, ...]) -> dict[str, ModelPool]:
@@ -273,95 +357,14 @@ def _log_pool(spec: ModelSpec, num_blocks: int) -> None:
     )
 
 
-def _limits(config: ServerConfig) -> Limits:
-    return Limits(
-        max_streams=config.max_streams,
-        max_unary_calls=config.max_unary_calls,
-        max_silent_calls=MAX_SILENT_CALLS,
-        max_steps_in_flight=config.max_steps_in_flight,
-        max_message_bytes=config.max_message_bytes,
-        region_bytes=config.shared_memory_bytes if config.shared_memory else 0,
-    )
-
-
-def _create_grpc_server(
-    config: ServerConfig, service: OctavoService, health_servicer: health.HealthServicer
-) -> grpc.Server:
-    num_held = config.max_streams + config.max_unary_calls + MAX_SILENT_CALLS
-    server = grpc.server(
-        ThreadPoolExecutor(num_held + RESERVED_THREADS, thread_name_prefix="octavo-call"),
-        options=[
-            ("grpc.max_receive_message_length", config.max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),
-            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-            # Without it gRPC waits a minute for the answer to the ping, whatever the line above.
-            ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-            # Clients may ping every 10 s, also without calls, and keep one stream for days.
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_ping_strikes", 0),
-        ],
-    )
-    server.add_generic_rpc_handlers((service.handler(),))
-    server.add_generic_rpc_handlers((_health_handler(health_servicer),))
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    server.add_generic_rpc_handlers((_reflection_handler(names, service.streams),))
-    return server
-
-
-def _health_handler(servicer: health.HealthServicer) -> grpc.GenericRpcHandler[Any, Any]:
-    """Return health in threads of its own, whose calls must send their request like any other unary call."""
-    reader = RequestReader(MAX_SILENT_CALLS)
-    # Health is no call of OctavoService: nobody asks for these counts.
-    traffic = Traffic()
-    threads = ThreadPoolExecutor(
-        MAX_SILENT_CALLS + HEALTH_THREADS, thread_name_prefix="octavo-health"
-    )
-
-    def watch(requests: Iterator[bytes], context: grpc.ServicerContext, respond: Any) -> None:
-        data = reader.read(requests, context)
-        with refusing(context, traffic):
-            servicer.Watch(codec.parse(health_pb2.HealthCheckRequest, data), context, respond)
-
-    check = unary_handler(health_pb2.HealthCheckRequest, servicer.Check, reader, traffic, threads)
-    # A watch answers from the threads that change the health, and holds none between.
-    watch_handler = grpc.stream_stream_rpc_method_handler(
-        run_in(threads, responding(watch)),
-        response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
-    )
-    return grpc.method_handlers_generic_handler(
-        health.SERVICE_NAME, {"Check": check, "Watch": watch_handler}
-    )
-
-
-def _reflection_handler(names: tuple[str, ...], gate: Gate) -> grpc.GenericRpcHandler[Any, Any]:
-    """Return reflection whose streams count among the limited ones, for each holds a handler thread."""
-    # The stubs say that it returns None; it is a generator.
-    answer: Any = reflection.ReflectionServicer(names).ServerReflectionInfo
-
-    def stream(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        with gate.open(context):
-            yield from answer(requests, context)
-
-    handler = grpc.stream_stream_rpc_method_handler(
-        stream,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    return grpc.method_handlers_generic_handler(
-        reflection.SERVICE_NAME, {"ServerReflectionInfo": handler}
+def _tenant_limits(config: ServerConfig) -> TenantLimits:
+    return TenantLimits(
+        config.tenant_max_sessions, config.tenant_max_tokens, config.tenant_max_bytes
     )
 
 
 def _addresses(config: ServerConfig, port: int) -> Iterator[str]:
     if config.host != NO_HOST:
-        yield _join_host_port(config.host, port)
+        yield join_host_port(config.host, port)
     if config.unix_socket:
         yield UnixSocket(config.unix_socket).target
-
-
-def _join_host_port(host: str, port: int) -> str:
-    bare = host.removeprefix("[").removesuffix("]")
-    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"

@@ -6,36 +6,37 @@ Handlers take raw bytes and parse them here, so that garbage is refused with a r
 from __future__ import annotations
 
 import math
-import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
 from octavo import v1
-from octavo_server import codec, status
+from octavo_server import codec
+from octavo_server.auth import Auth
+from octavo_server.calls import Caller, Gate, refusing, responding, unary_handler
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, limit_reached, mismatch
 from octavo_server.request_reader import RequestReader
+from octavo_server.session import SessionOptions
 from octavo_server.shared_memory import StreamMemory
 from octavo_server.stats import ServerStats
-from octavo_server.step import StepAnswer, StepRequest
+from octavo_server.step import MAX_ENTRIES, StepAnswer, StepOrigin, StepRequest
 from octavo_server.step_stream import StepStream
+from octavo_server.step_watch import StepWatch
 from octavo_server.stream_call import Respond, stream_call
+from octavo_server.tracing import Tracing
 from octavo_server.traffic import Traffic
+from octavo_server.transfer_calls import TransferCalls
 
 SERVICE_NAME = v1.DESCRIPTOR.services_by_name["OctavoService"].full_name
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 MAX_PAGE_TOKEN_LEN = 20
-MAX_REQUEST_ID_LEN = 128
-
-Request = TypeVar("Request", bound=Message)
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,14 @@ class Limits:
     """What one server takes at once.
 
     Attributes:
-        max_streams: Decode, Append and reflection streams.
+        max_streams: Decode, Append, export, import and reflection streams.
         max_unary_calls: Unary calls that wait for the engine.
         max_silent_calls: Unary calls that have not sent their request.
         max_steps_in_flight: Unanswered steps of one Decode stream.
         max_message_bytes: Bytes of one message received.
+        max_sessions: Open sessions.
+        lease_s: Lease of a session that asks for none.
+        max_lease_s: Longest lease of a session.
         region_bytes: Memory that one Decode stream may share with its client; 0 = none.
     """
 
@@ -56,39 +60,10 @@ class Limits:
     max_silent_calls: int
     max_steps_in_flight: int
     max_message_bytes: int
+    max_sessions: int
+    lease_s: float
+    max_lease_s: float
     region_bytes: int = 0
-
-
-class Gate:
-    """Counts what is open of something limited, and refuses the next.
-
-    Args:
-        refusal: Of the next.
-        limit: Most that may be open at once.
-        traffic: Counts the refusals.
-    """
-
-    def __init__(self, refusal: OctavoError, limit: int, traffic: Traffic) -> None:
-        self.limit = limit
-        self._refusal = refusal
-        self._traffic = traffic
-        self._lock = threading.Lock()
-        self.num_open = 0
-
-    @contextmanager
-    def open(self, context: grpc.ServicerContext) -> Iterator[None]:
-        """Hold a place while a call runs; end the call when none is left."""
-        with self._lock:
-            is_full = self.num_open == self.limit
-            self.num_open += not is_full
-        if is_full:
-            self._traffic.count_refusal(self._refusal)
-            status.abort(context, self._refusal)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.num_open -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +74,6 @@ class Identity:
     incarnation: str
     backend: str
     backend_description: str
-    max_sessions: int
 
 
 class OctavoService:
@@ -107,19 +81,34 @@ class OctavoService:
 
     Args:
         engine: Does the work.
+        auth: Tells whose call it is.
         identity: For ServerInfo.
-        limits: Of streams, steps and messages.
+        limits: Of streams, steps, sessions and messages.
+        tracing: Watches calls and steps, where the config asks for it.
     """
 
-    def __init__(self, engine: Engine, identity: Identity, limits: Limits) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        auth: Auth,
+        identity: Identity,
+        limits: Limits,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._engine = engine
-        self._identity = identity
+        self._auth = auth
+        self.identity = identity
         self._limits = limits
         self._traffic = Traffic()
+        self._watch = StepWatch(self._traffic, tracing)
+        self._started_at = time.monotonic()
         self._waiting_calls = self._gate(
             Reason.QUEUE_FULL, "waiting unary calls", limits.max_unary_calls
         )
         self.streams = self._gate(Reason.STREAM_LIMIT, "streams", limits.max_streams)
+        self._transfers = TransferCalls(
+            engine, auth, self.streams, self._traffic, limits.max_lease_s
+        )
         self._step_streams: set[StepStream] = set()
 
     def stats(self) -> ServerStats:
@@ -130,9 +119,15 @@ class OctavoService:
             refusals=self._traffic.refusals,
             received_bytes=received_bytes,
             sent_bytes=sent_bytes,
+            max_sessions=self._limits.max_sessions,
             num_streams=self.streams.num_open,
             max_streams=self.streams.limit,
+            uptime_s=time.monotonic() - self._started_at,
         )
+
+    def count_refusal(self, error: OctavoError) -> None:
+        """Count a call that was refused before it came here."""
+        self._traffic.count_refusal(error)
 
     def end_streams(self, error: OctavoError) -> None:
         """End every Decode stream with an error; call it once the engine has drained."""
@@ -145,6 +140,7 @@ class OctavoService:
             "ServerInfo": self._server_info,
             "ServerStats": self._server_stats,
             "OpenSession": self._open_session,
+            "KeepAlive": self._keep_alive,
             "GetSession": self._get_session,
             "ListSessions": self._list_sessions,
             "TruncateSession": self._truncate_session,
@@ -156,7 +152,10 @@ class OctavoService:
             name: unary_handler(getattr(v1, f"{name}Request"), call, reader, self._traffic)
             for name, call in unary.items()
         }
+        handlers |= self._transfers.handlers(reader)
         handlers["Append"] = grpc.stream_unary_rpc_method_handler(self._append)
+        if self._watch.tracing is not None:
+            handlers = self._watch.tracing.watch_calls(handlers)
         handlers["Decode"] = grpc.stream_stream_rpc_method_handler(responding(self._decode))
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
@@ -164,15 +163,17 @@ class OctavoService:
         self, _request: v1.ServerInfoRequest, _context: grpc.ServicerContext
     ) -> v1.ServerInfoResponse:
         return v1.ServerInfoResponse(
-            version=self._identity.version,
-            incarnation=self._identity.incarnation,
-            backend=self._identity.backend,
-            backend_description=self._identity.backend_description,
+            version=self.identity.version,
+            incarnation=self.identity.incarnation,
+            backend=self.identity.backend,
+            backend_description=self.identity.backend_description,
             models=[codec.write_model(pool) for pool in self._engine.pools.values()],
             max_message_bytes=self._limits.max_message_bytes,
             max_steps_in_flight=self._limits.max_steps_in_flight,
-            num_sessions=self._engine.num_sessions,
-            max_sessions=self._identity.max_sessions,
+            num_sessions=len(self._engine.sessions),
+            max_sessions=self._limits.max_sessions,
+            default_lease_ms=round(self._limits.lease_s * 1000),
+            max_lease_ms=round(self._limits.max_lease_s * 1000),
         )
 
     def _server_stats(
@@ -181,30 +182,46 @@ class OctavoService:
         return codec.write_stats(self.stats())
 
     def _open_session(
-        self, request: v1.OpenSessionRequest, _context: grpc.ServicerContext
+        self, request: v1.OpenSessionRequest, context: grpc.ServicerContext
     ) -> v1.OpenSessionResponse:
-        if len(request.request_id) > MAX_REQUEST_ID_LEN:
-            expected = f"at most {MAX_REQUEST_ID_LEN} characters"
-            actual = f"{len(request.request_id)} characters"
-            raise mismatch(Reason.MALFORMED_MESSAGE, "request_id", expected, actual)
-        state = self._engine.open_session(request.model, request.request_id)
+        codec.check_request_id(request.request_id)
+        state = self._engine.sessions.open(
+            request.model, self._auth.tenant(context), self._options(request), request.request_id
+        )
         return v1.OpenSessionResponse(session=codec.write_session(state))
 
+    def _options(self, request: v1.OpenSessionRequest) -> SessionOptions:
+        asked = codec.read_options(request)
+        lease_s = min(asked.lease_s or self._limits.lease_s, self._limits.max_lease_s)
+        return asked._replace(lease_s=lease_s)
+
+    def _keep_alive(
+        self, request: v1.KeepAliveRequest, context: grpc.ServicerContext
+    ) -> v1.KeepAliveResponse:
+        session_ids = request.session_ids
+        if len(session_ids) > MAX_ENTRIES:
+            expected = f"at most {MAX_ENTRIES} ids"
+            raise mismatch(Reason.MALFORMED_MESSAGE, "session_ids", expected, len(session_ids))
+        renewed = self._engine.sessions.keep_alive(session_ids, self._auth.tenant(context))
+        leases = map(codec.write_lease, session_ids, renewed)
+        return v1.KeepAliveResponse(leases=leases)
+
     def _get_session(
-        self, request: v1.GetSessionRequest, _context: grpc.ServicerContext
+        self, request: v1.GetSessionRequest, context: grpc.ServicerContext
     ) -> v1.GetSessionResponse:
-        state = self._engine.get_session(request.session_id)
+        state = self._engine.sessions.get(request.session_id, self._auth.tenant(context))
         return v1.GetSessionResponse(session=codec.write_session(state))
 
     def _list_sessions(
-        self, request: v1.ListSessionsRequest, _context: grpc.ServicerContext
+        self, request: v1.ListSessionsRequest, context: grpc.ServicerContext
     ) -> v1.ListSessionsResponse:
         token = request.page_token or "0"
         if len(token) > MAX_PAGE_TOKEN_LEN or not (token.isascii() and token.isdecimal()):
             expected = "a next_page_token of ListSessions"
             raise mismatch(Reason.MALFORMED_MESSAGE, "page_token", expected, repr(token))
         size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-        states, next_idx = self._engine.list_sessions(int(token), size)
+        tenant = self._auth.tenant(context)
+        states, next_idx = self._engine.sessions.page(tenant, int(token), size)
         return v1.ListSessionsResponse(
             sessions=map(codec.write_session, states),
             next_page_token=str(next_idx) if next_idx else "",
@@ -214,18 +231,20 @@ class OctavoService:
         self, request: v1.TruncateSessionRequest, context: grpc.ServicerContext
     ) -> v1.TruncateSessionResponse:
         with self._waiting_calls.open(context):
-            future = self._engine.truncate_session(
-                request.session_id, request.length, request.expected_lengths
+            tenant = self._auth.tenant(context)
+            future = self._engine.sessions.truncate(
+                request.session_id, tenant, request.length, request.expected_lengths
             )
-            state = _Caller(context).wait(future)
+            state = Caller(context).wait(future)
         return v1.TruncateSessionResponse(session=codec.write_session(state))
 
     def _close_session(
         self, request: v1.CloseSessionRequest, context: grpc.ServicerContext
     ) -> v1.CloseSessionResponse:
         with self._waiting_calls.open(context):
-            future = self._engine.close_session(request.session_id)
-            num_freed = _Caller(context).wait(future)
+            tenant = self._auth.tenant(context)
+            future = self._engine.sessions.close(request.session_id, tenant)
+            num_freed = Caller(context).wait(future)
         return v1.CloseSessionResponse(num_freed_blocks=num_freed)
 
     def _decode_once(
@@ -233,26 +252,35 @@ class OctavoService:
     ) -> v1.DecodeOnceResponse:
         with self._waiting_calls.open(context):
             step = request.step
-            step_request = codec.read_step(step, codec.step_tensors(step))
-            answer = self._run_step(step_request, _Caller(context))
-            self._count_refusals(answer)
+            caller = Caller(context)
+            origin = StepOrigin(self._auth.tenant(context), lambda: caller.has_left)
+            with self._watch.unary(step.step_id, step.step_key):
+                step_request = codec.read_step(step, codec.step_tensors(step))
+                answer = self._run_step(step_request, caller, origin)
+            self._watch.on_answer(step.step_id, step.step_key, answer)
         return v1.DecodeOnceResponse(result=codec.write_result(step.step_id, answer))
 
     def _append(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         stored = v1.AppendResponse()
+        removals: list[OctavoError] = []
         with (
             self.streams.open(context),
             self._traffic.stream() as traffic,
             refusing(context, self._traffic, stored),
+            self._auth.holding(context, removals.append),
         ):
-            caller = _Caller(context)
+            caller = Caller(context)
+            origin = StepOrigin(self._auth.tenant(context), lambda: caller.has_left)
             for data in traffic.receiving(requests):
+                for removal in removals:
+                    raise removal
                 request = codec.read_append(data)
-                answer = self._run_step(request, caller)
-                for error in answer.entry_errors.values():
-                    raise error
+                with self._watch.unary(stored.num_messages, request.step_key):
+                    answer = self._run_step(request, caller, origin)
+                    for error in answer.entry_errors.values():
+                        raise error
                 stored.num_messages += 1
-                self._write_session(stored.session, request.handles[0])
+                self._write_session(stored.session, request.handles[0], origin)
             response = stored.SerializeToString()
             traffic.sent_bytes += len(response)
         return response
@@ -261,45 +289,41 @@ class OctavoService:
         self, requests: Iterator[bytes], context: grpc.ServicerContext, respond: Respond
     ) -> None:
         with (
+            refusing(context, self._traffic),
             self.streams.open(context),
             self._traffic.stream() as traffic,
             StreamMemory(self._limits.region_bytes) as memory,
         ):
             stream = StepStream(
                 self._engine,
+                self._auth.tenant(context),
                 stream_call(requests, context, respond),
                 self._limits.max_steps_in_flight,
-                self._count_refusals,
+                self._watch,
                 memory,
                 traffic,
             )
             self._step_streams.add(stream)
             try:
-                stream.run()
+                with self._auth.holding(context, stream.end):
+                    stream.run()
             finally:
                 self._step_streams.discard(stream)
 
     def _gate(self, reason: Reason, what: str, limit: int) -> Gate:
         return Gate(limit_reached(reason, what, limit), limit, self._traffic)
 
-    def _count_refusals(self, answer: StepAnswer) -> None:
-        if answer.error is not None:
-            self._traffic.count_refusal(answer.error)
-        for error in answer.entry_errors.values():
-            self._traffic.count_refusal(error)
-
-    def _write_session(self, session: v1.Session, handle: int) -> None:
-        state = self._engine.get_session_by_handle(handle)
+    def _write_session(self, session: v1.Session, handle: int, origin: StepOrigin) -> None:
+        state = self._engine.sessions.get_by_handle(handle, origin.tenant)
         session.CopyFrom(codec.write_session(state))
 
-    def _run_step(self, request: StepRequest, caller: _Caller) -> StepAnswer:
+    def _run_step(self, request: StepRequest, caller: Caller, origin: StepOrigin) -> StepAnswer:
         """Run a step and wait for its answer; raises its error, or CancelledError when the client has gone."""
         future: Future[StepAnswer] = Future()
         self._engine.submit(
             request,
             lambda answer: _resolve(future, answer),
-            future.cancelled,
-            client=caller,
+            origin,
             lead_s=math.inf,
         )
         answer = caller.wait(future)
@@ -311,79 +335,3 @@ class OctavoService:
 def _resolve(future: Future[StepAnswer], answer: StepAnswer) -> None:
     if future.set_running_or_notify_cancel():
         future.set_result(answer)
-
-
-class _Caller:
-    """The client of one call, who waits for the engine's futures one after the other; its leaving cancels them."""
-
-    def __init__(self, context: grpc.ServicerContext) -> None:
-        self._future: Future[Any] | None = None
-        self._has_left = not context.add_callback(self._leave)
-
-    def wait(self, future: Future[Result]) -> Result:
-        """Return a future's result; raises CancelledError when the client has gone before it was begun."""
-        self._future = future
-        if self._has_left:
-            future.cancel()
-        return future.result()
-
-    def _leave(self) -> None:
-        self._has_left = True
-        if self._future is not None:
-            self._future.cancel()
-
-
-@contextmanager
-def refusing(context: grpc.ServicerContext, traffic: Traffic, *details: Message) -> Iterator[None]:
-    """End the call with the status of a refusal raised inside, and `details` beside the ErrorInfo; count it."""
-    try:
-        yield
-    except OctavoError as error:
-        traffic.count_refusal(error)
-        status.abort(context, error, *details)
-    except CancelledError:
-        context.abort(grpc.StatusCode.CANCELLED, "the client cancelled the call")
-
-
-def unary_handler(
-    request_type: type[Request],
-    call: Callable[[Request, grpc.ServicerContext], Message],
-    reader: RequestReader,
-    traffic: Traffic,
-    threads: ThreadPoolExecutor | None = None,
-) -> grpc.RpcMethodHandler[bytes, bytes]:
-    """Return the handler of a unary call.
-
-    Args:
-        request_type: What the call takes.
-        call: Answers it.
-        reader: Reads the request.
-        traffic: Counts its messages and refusals.
-        threads: Where the call runs, if not in the server's own pool.
-    """
-
-    def handle(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        data = reader.read(requests, context)
-        traffic.count_call(len(data), 0)
-        with refusing(context, traffic):
-            response = call(codec.parse(request_type, data), context).SerializeToString()
-        traffic.count_call(0, len(response))
-        return response
-
-    return grpc.stream_unary_rpc_method_handler(run_in(threads, handle))
-
-
-def responding(behaviour: Callable[[Any, grpc.ServicerContext, Any], None]) -> Any:
-    """Return a behaviour to which gRPC hands the function that sends responses, rather than iterate over them."""
-
-    def respond_to(requests: Any, context: grpc.ServicerContext, respond: Any) -> None:
-        behaviour(requests, context, respond)
-
-    respond_to.experimental_non_blocking = True  # type: ignore[attr-defined]
-    return respond_to
-
-
-def run_in(threads: ThreadPoolExecutor | None, behaviour: Any) -> Any:
-    """Return a behaviour that gRPC runs in a pool of its own, where there is one."""
-    behaviour.experimental_thread_pool = threads
-    return behaviour

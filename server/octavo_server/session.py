@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from octavo_server import errors
 from octavo_server.block_pool import BlockPool
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.model import ModelSpec
+from octavo_server.tenant import Tenant
 
 _APPEND_ADVICE = "go on from its length, or truncate first; only its last append can be replayed"
 _GUARD_ADVICE = "expected_lengths is out of date, ask for the session's lengths again"
@@ -38,14 +39,45 @@ class Admission(NamedTuple):
     copies: tuple[tuple[int, int], ...] = ()
 
 
+class SessionOptions(NamedTuple):
+    """What the client that opened a session asked for.
+
+    Attributes:
+        lease_s: Seconds without use after which it is closed.
+        closes_on_disconnect: Whether it is closed when the stream that last carried a step of it ends.
+        reserve_tokens: Tokens whose blocks it holds whatever its length.
+    """
+
+    lease_s: float
+    closes_on_disconnect: bool = False
+    reserve_tokens: int = 0
+
+    @property
+    def lease_ms(self) -> int:
+        """The lease in milliseconds."""
+        return round(self.lease_s * 1000)
+
+
 class SessionState(NamedTuple):
-    """A session at one moment."""
+    """A session at one moment.
+
+    Attributes:
+        session_id: Name for people.
+        handle: Name on the wire's data calls.
+        model: Name of its model.
+        lengths: [num_layers] tokens.
+        num_blocks: Blocks that it holds.
+        options: As it was opened.
+        lease_remaining_s: What is left of its lease.
+    """
 
     session_id: str
     handle: int
     model: str
     lengths: tuple[int, ...]
     num_blocks: int
+    options: SessionOptions
+    lease_remaining_s: float
 
 
 @dataclass(slots=True, eq=False)
@@ -53,27 +85,39 @@ class Session:
     """The cached tokens of one sequence.
 
     One block table serves all layers. Blocks are reserved when an append is admitted; a layer's length moves when the
-    append is confirmed. Nothing here knows about tensors, threads or time.
+    append is confirmed. Nothing here knows about tensors or threads, and time is the caller's.
 
     Attributes:
         session_id: Name for people.
         handle: Name on the wire's data calls, never 0.
         spec: The model.
         pool: The model's block pool.
+        tenant: Whose it is.
+        options: As it was opened.
+        used_at: When it was last used; its lease counts from there.
         lengths: [num_layers] confirmed tokens.
         block_table: Logical to physical block ids.
         is_closed: Whether the session was closed; its blocks are gone then.
+        has_expired: Whether that was because its lease ended.
+        connection: The stream that last carried a step of it, where that decides when it is closed.
         max_tokens: Most tokens that it can ever hold.
+        num_truncates: Times that it was truncated: tokens below its lengths are the same for as long as this is.
     """
 
     session_id: str
     handle: int
     spec: ModelSpec
     pool: BlockPool
+    tenant: Tenant
+    options: SessionOptions
+    used_at: float = 0.0
     lengths: list[int] = field(init=False)
     block_table: array[int] = field(default_factory=lambda: array("i"))
     is_closed: bool = False
+    has_expired: bool = False
+    connection: Hashable = None
     max_tokens: int = field(init=False)
+    num_truncates: int = 0
     _last_appends: list[AppendRecord | None] = field(init=False)
     _pending: dict[int, AppendRecord] = field(default_factory=dict)
 
@@ -82,7 +126,12 @@ class Session:
         self._last_appends = [None] * self.spec.num_layers
         self.max_tokens = min(self.spec.max_context, self.pool.num_blocks * self.spec.block_size)
 
-    def state(self) -> SessionState:
+    @property
+    def lease_ends_at(self) -> float:
+        """When its lease ends, unless it is used before."""
+        return self.used_at + self.options.lease_s
+
+    def state(self, now: float) -> SessionState:
         """Return the session as it is now."""
         return SessionState(
             self.session_id,
@@ -90,14 +139,45 @@ class Session:
             self.spec.name,
             tuple(self.lengths),
             len(self.block_table),
+            self.options,
+            max(self.lease_ends_at - now, 0.0),
         )
+
+    def reserve(self) -> None:
+        """Take the blocks of a new session's first `reserve_tokens` tokens.
+
+        Raises:
+            OctavoError: CONTEXT_TOO_LONG, TENANT_LIMIT or OUT_OF_BLOCKS; nothing changed.
+        """
+        num_tokens = self.options.reserve_tokens
+        if num_tokens > self.max_tokens:
+            raise _context_too_long(self.max_tokens, num_tokens)
+        self.block_table.extend(self._take_blocks(self._num_blocks_for(num_tokens)))
+
+    @property
+    def last_appends(self) -> tuple[AppendRecord | None, ...]:
+        """[num_layers] what can be replayed."""
+        return tuple(self._last_appends)
+
+    def load(self, lengths: Sequence[int], last_appends: Sequence[AppendRecord | None]) -> None:
+        """Make a new session one that holds tokens already; the caller stores them.
+
+        Raises:
+            OctavoError: CONTEXT_TOO_LONG, TENANT_LIMIT or OUT_OF_BLOCKS; nothing changed.
+        """
+        num_tokens = max(lengths)
+        if num_tokens > self.max_tokens:
+            raise _context_too_long(self.max_tokens, num_tokens)
+        num_missing = self._num_blocks_for(num_tokens) - len(self.block_table)
+        self.block_table.extend(self._take_blocks(max(num_missing, 0)))
+        self.lengths, self._last_appends = list(lengths), list(last_appends)
 
     def admit_append(self, layer: int, record: AppendRecord) -> Admission:
         """Admit an entry with K and V: an append, for which blocks are reserved, or a replay.
 
         Raises:
-            OctavoError: SESSION_NOT_FOUND, LAYER_NOT_FOUND, POSITION_MISMATCH, CONTEXT_TOO_LONG or OUT_OF_BLOCKS;
-                nothing changed.
+            OctavoError: SESSION_NOT_FOUND, SESSION_EXPIRED, LAYER_NOT_FOUND, POSITION_MISMATCH, CONTEXT_TOO_LONG,
+                TENANT_LIMIT or OUT_OF_BLOCKS; nothing changed.
         """
         length = self._checked_length(layer)
         if record.start_pos != length:
@@ -117,8 +197,8 @@ class Session:
         """Admit an entry without K and V, which only reads.
 
         Raises:
-            OctavoError: SESSION_NOT_FOUND, LAYER_NOT_FOUND, SHAPE_MISMATCH (not causal on a layer with a window) or
-                POSITION_MISMATCH (an empty cache, or a causal entry that ends past it).
+            OctavoError: SESSION_NOT_FOUND, SESSION_EXPIRED, LAYER_NOT_FOUND, SHAPE_MISMATCH (not causal on a layer with
+                a window) or POSITION_MISMATCH (an empty cache, or a causal entry that ends past it).
         """
         length = self._checked_length(layer)
         if not is_causal and self.spec.window[layer]:
@@ -151,6 +231,7 @@ class Session:
         self._check_lengths(expected_lengths)
         self.lengths = [min(old, length) for old in self.lengths]
         self._last_appends = [None] * self.spec.num_layers
+        self.num_truncates += 1
         self._trim()
 
     def close(self) -> int:
@@ -159,14 +240,21 @@ class Session:
         Returns:
             Blocks that became free.
         """
+        self._count_blocks(-len(self.block_table))
         num_freed = self.pool.free(self.block_table)
         self.block_table = array("i")
         self.is_closed = True
         return num_freed
 
+    def gone(self) -> OctavoError:
+        """Return the refusal of what comes after it was closed."""
+        if self.has_expired:
+            return errors.session_expired(self.session_id, self.options.lease_ms)
+        return errors.session_not_found(self.session_id)
+
     def _checked_length(self, layer: int) -> int:
         if self.is_closed:
-            raise errors.session_not_found(self.session_id)
+            raise self.gone()
         if layer >= self.spec.num_layers:
             message = f"layer must be below {self.spec.num_layers}, got {layer}"
             raise OctavoError(
@@ -188,9 +276,8 @@ class Session:
     def _reserve(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """Make [start, end) writable, all or nothing; return the blocks to copy because another session reads them."""
         first, last = start // self.spec.block_size, self._num_blocks_for(end)
-        if last == first + 1 == len(self.block_table) and not self.pool.is_shared(
-            self.block_table[first]
-        ):
+        is_inside = last == first + 1 <= len(self.block_table)
+        if is_inside and not self.pool.is_shared(self.block_table[first]):
             return ()  # as with most tokens of a decode
         shared = [
             idx
@@ -198,7 +285,7 @@ class Session:
             if self.pool.is_shared(self.block_table[idx])
         ]
         num_new = max(0, last - len(self.block_table))
-        block_ids = self.pool.allocate(len(shared) + num_new)
+        block_ids = self._take_blocks(num_new, len(shared))
         copies = []
         for idx in shared:
             source, target = self.block_table[idx], block_ids.pop()
@@ -211,9 +298,22 @@ class Session:
     def _trim(self) -> None:
         """Free the blocks past everything that is stored or admitted."""
         ends = [record.start_pos + record.num_tokens for record in self._pending.values()]
-        num_needed = self._num_blocks_for(max(*self.lengths, 0, *ends))
-        self.pool.free(reversed(self.block_table[num_needed:]))
+        num_needed = self._num_blocks_for(max(*self.lengths, self.options.reserve_tokens, *ends))
+        left_over = self.block_table[num_needed:]
+        self._count_blocks(-len(left_over))
+        self.pool.free(reversed(left_over))
         del self.block_table[num_needed:]
+
+    def _take_blocks(self, num_new: int, num_copies: int = 0) -> list[int]:
+        """Take blocks that make the table longer, and blocks that replace shared ones; all or none."""
+        size, num_bytes = self.spec.block_size, self.spec.block_bytes
+        self.tenant.check_blocks(num_new, size, num_bytes)
+        block_ids = self.pool.allocate(num_new + num_copies)
+        self._count_blocks(num_new)
+        return block_ids
+
+    def _count_blocks(self, num_blocks: int) -> None:
+        self.tenant.add_blocks(num_blocks, self.spec.block_size, self.spec.block_bytes)
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.spec.block_size)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from octavo_server.tenant import TenantStats
 
 _US = 1e6
 
@@ -43,7 +45,8 @@ class LaunchTimes:
         num_steps: Steps that share it.
         num_entries: Entries of all its steps.
         num_tokens: Tokens of those entries.
-        queued_s: What its steps waited before it, added up.
+        arrivals: [num_steps] when each step was read.
+        cache_bytes: What it read and wrote of the cache, each entry's counted once.
     """
 
     began_at: float
@@ -52,7 +55,8 @@ class LaunchTimes:
     num_steps: int = 0
     num_entries: int = 0
     num_tokens: int = 0
-    queued_s: float = 0.0
+    arrivals: Sequence[float] = ()
+    cache_bytes: int = 0
 
     def of_step(self, arrived_at: float, answered_at: float) -> StageTimes:
         """Return what one of the launch's steps cost, once its answer is cut out."""
@@ -80,6 +84,7 @@ class LaunchStats(NamedTuple):
         kernel_us: As in StageTimes, of every launch.
         copy_out_us: As in StageTimes, of every launch, until its last answer was handed over; that of a launch whose
             answers are being handed over is not in here yet.
+        cache_bytes: What attention read of the cache and appends wrote to it.
     """
 
     max_batch_size: int
@@ -91,6 +96,7 @@ class LaunchStats(NamedTuple):
     copy_in_us: int
     kernel_us: int
     copy_out_us: int
+    cache_bytes: int
 
 
 @dataclass(slots=True)
@@ -105,6 +111,7 @@ class SizeTotals:
     copy_in_s: float = 0.0
     kernel_s: float = 0.0
     copy_out_s: float = 0.0
+    cache_bytes: int = 0
 
     def add(self, times: LaunchTimes) -> None:
         """Add a launch, all but its copy out."""
@@ -112,9 +119,10 @@ class SizeTotals:
         self.num_steps += times.num_steps
         self.num_entries += times.num_entries
         self.num_tokens += times.num_tokens
-        self.queued_s += times.queued_s
+        self.queued_s += times.num_steps * times.began_at - sum(times.arrivals)
         self.copy_in_s += times.staged_at - times.began_at
         self.kernel_s += times.ran_at - times.staged_at
+        self.cache_bytes += times.cache_bytes
 
     def stats(self, max_batch_size: int) -> LaunchStats:
         """Return the sums as a value."""
@@ -128,12 +136,33 @@ class SizeTotals:
             round(self.copy_in_s * _US),
             round(self.kernel_s * _US),
             round(self.copy_out_s * _US),
+            self.cache_bytes,
         )
+
+
+class Durations(NamedTuple):
+    """How long something took, each time since the start.
+
+    Attributes:
+        total_s: Seconds, added up.
+        counts: counts[i] took less than 2**i microseconds, and at least half of that unless i is 0.
+    """
+
+    total_s: float
+    counts: tuple[int, ...]
+
+
+_NUM_COUNTS = 64
+"""More than any clock lasts, so that nothing need be cut off where it is counted."""
+
+
+def _no_counts() -> list[int]:
+    return [0] * _NUM_COUNTS
 
 
 @dataclass(slots=True)
 class LaunchTotals:
-    """Sums over all launches, by batch size.
+    """Sums over all launches, by batch size; of what steps wait for most, queue and kernel, also how often how long.
 
     Attributes:
         num_appended_tokens: Tokens that launches stored, once for each layer.
@@ -141,6 +170,8 @@ class LaunchTotals:
 
     num_appended_tokens: int = 0
     _by_log2_size: dict[int, SizeTotals] = field(default_factory=dict)
+    _queue: list[int] = field(default_factory=_no_counts)
+    _kernel: list[int] = field(default_factory=_no_counts)
 
     def add(self, times: LaunchTimes, num_appended_tokens: int) -> SizeTotals:
         """Add a launch whose outcome is settled; return the sums that its copy out is still to be added to."""
@@ -150,7 +181,22 @@ class LaunchTotals:
         if totals is None:
             totals = self._by_log2_size[log2_size] = SizeTotals()
         totals.add(times)
+        for arrived_at in times.arrivals:
+            self._queue[int((times.began_at - arrived_at) * 1e6).bit_length()] += 1
+        self._kernel[int((times.ran_at - times.staged_at) * 1e6).bit_length()] += 1
         return totals
+
+    @property
+    def queue(self) -> Durations:
+        """How long each step waited."""
+        total_s = sum(totals.queued_s for totals in self._by_log2_size.values())
+        return Durations(total_s, tuple(self._queue))
+
+    @property
+    def kernel(self) -> Durations:
+        """How long each launch was in the backend."""
+        total_s = sum(totals.kernel_s for totals in self._by_log2_size.values())
+        return Durations(total_s, tuple(self._kernel))
 
     def stats(self) -> tuple[LaunchStats, ...]:
         """Return the sums as values, by ascending batch size; sizes that never ran are left out."""
@@ -159,11 +205,21 @@ class LaunchTotals:
 
 
 class PoolStats(NamedTuple):
-    """A model's blocks at one moment."""
+    """A model's blocks at one moment.
+
+    Attributes:
+        model: Name of the model.
+        num_blocks: Blocks in the pool.
+        num_free_blocks: Blocks that no session holds.
+        block_size: Tokens of one block.
+        block_bytes: Bytes of one block, in all layers.
+    """
 
     model: str
     num_blocks: int
     num_free_blocks: int
+    block_size: int
+    block_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +228,31 @@ class EngineStats:
 
     Attributes:
         launches: Launches by batch size, ascending.
+        queue: How long each step waited.
+        kernel: How long each launch was in the backend.
         num_appended_tokens: Tokens stored, once for each layer.
         num_queued: Steps, truncates and closes that wait for their turn.
         max_queued_steps: How many may be queued before a step is refused.
         num_sessions: Open sessions.
+        num_opened_sessions: Sessions opened, restored and imported ones among them.
+        num_expired_sessions: Sessions closed because their lease ended.
         pools: Blocks by model, in the order of the configuration.
+        tenants: What each tenant holds.
+        device_free_bytes: Bytes that are free on the device beside the pools.
     """
 
     launches: tuple[LaunchStats, ...]
+    queue: Durations
+    kernel: Durations
     num_appended_tokens: int
     num_queued: int
     max_queued_steps: int
     num_sessions: int
+    num_opened_sessions: int
+    num_expired_sessions: int
     pools: tuple[PoolStats, ...]
+    tenants: tuple[TenantStats, ...]
+    device_free_bytes: int
 
     @property
     def num_steps(self) -> int:
@@ -201,13 +269,17 @@ class ServerStats:
         refusals: Refused calls, steps and entries, by reason.
         received_bytes: Bytes of the messages received by the calls of OctavoService.
         sent_bytes: Bytes of the messages that they sent.
+        max_sessions: Sessions that may be open.
         num_streams: Open Decode, Append and reflection streams.
         max_streams: Streams that may be open.
+        uptime_s: Seconds since the start.
     """
 
     engine: EngineStats
     refusals: Mapping[str, int]
     received_bytes: int
     sent_bytes: int
+    max_sessions: int
     num_streams: int
     max_streams: int
+    uptime_s: float

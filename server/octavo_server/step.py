@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,22 @@ from octavo_server.backends.base import HostArray
 from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.model import ModelSpec
 from octavo_server.stats import StageTimes
+from octavo_server.tenant import Tenant
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOrigin:
+    """Where steps come from: one stream or call. It stands for its client where clients take turns.
+
+    Attributes:
+        tenant: Whose sessions the steps may name.
+        is_gone: Asked when a step's turn comes; the steps of one that has gone are dropped, unapplied and unanswered.
+        is_stream: Whether it is a Decode stream, with whose end sessions may close.
+    """
+
+    tenant: Tenant
+    is_gone: Callable[[], bool] = lambda: False
+    is_stream: bool = False
 
 
 class StepRequest(NamedTuple):

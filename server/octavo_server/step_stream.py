@@ -16,8 +16,11 @@ from octavo_server import codec
 from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason, mismatch
 from octavo_server.shared_memory import IN_RESULT, AnswerPlace, StreamMemory
-from octavo_server.step import StepAnswer
+from octavo_server.step import StepAnswer, StepOrigin
+from octavo_server.step_log import step_names
+from octavo_server.step_watch import StepWatch
 from octavo_server.stream_call import StreamCall
+from octavo_server.tenant import Tenant
 from octavo_server.traffic import StreamTraffic
 
 log = logging.getLogger(__name__)
@@ -34,9 +37,10 @@ class StepStream:
 
     Args:
         engine: Runs the steps.
+        tenant: Whose stream it is.
         call: The stream.
         max_steps_in_flight: Steps accepted before a result goes out.
-        count_refusals: Told of every answer.
+        watch: Looks at steps and answers.
         memory: What the stream may share with its client.
         traffic: Counts bytes.
     """
@@ -44,16 +48,18 @@ class StepStream:
     def __init__(
         self,
         engine: Engine,
+        tenant: Tenant,
         call: StreamCall,
         max_steps_in_flight: int,
-        count_refusals: Callable[[StepAnswer], None],
+        watch: StepWatch,
         memory: StreamMemory,
         traffic: StreamTraffic,
     ) -> None:
         self._engine = engine
+        self._origin = StepOrigin(tenant, lambda: self._is_over, is_stream=True)
         self._call = call
         self._max_unsent = max_steps_in_flight
-        self._count_refusals = count_refusals
+        self._watch = watch
         self._memory = memory
         self._traffic = traffic
         self._lock = threading.Lock()
@@ -64,10 +70,13 @@ class StepStream:
 
     def run(self) -> None:
         """Answer steps until the client has sent its last and has every answer, or is gone."""
-        self._call.run(self)
+        try:
+            self._call.run(self)
+        finally:
+            self._engine.sessions.end_stream(self._origin)
 
     def end(self, error: OctavoError) -> None:
-        """End the stream with an error, once every answer that is there has gone out."""
+        """End the stream with an error, once every answer that is there has gone out; what comes now is dropped."""
         with self._lock:
             self._end = error
             self._finish_if_done()
@@ -77,6 +86,8 @@ class StepStream:
         arrived_at = time.monotonic()
         with self._lock:
             self._traffic.received_bytes += len(data)
+            if self._end is not None:
+                return False  # else a client that sends on would never let the stream end
             if self._num_unsent == self._max_unsent:
                 self._held = data, arrived_at
                 return False
@@ -87,7 +98,7 @@ class StepStream:
     def on_sent(self) -> None:
         """Note that an answer has gone out."""
         with self._lock:
-            held, self._held = self._held, None
+            held, self._held = None if self._end else self._held, None
             if held is None:
                 self._num_unsent -= 1
                 self._finish_if_done()
@@ -106,39 +117,51 @@ class StepStream:
         self._is_over = True
 
     def _submit(self, data: bytes, arrived_at: float) -> None:
-        step_id = 0
+        step_id = step_key = 0
+        place = IN_RESULT
+
+        def respond(made: StepAnswer) -> None:
+            self._answer(step_id, step_key, made, place)
+
+        answer: Callable[[StepAnswer], None] = respond
         try:
             if codec.asks_for_region(data):
                 self._send(codec.encode_region(self._memory.open()))
                 return
             step, tensors = codec.parse_step(data)
-            step_id = step.step_id
+            step_id, step_key = step.step_id, step.step_key
             region = self._memory.region
             request = codec.read_step(step, tensors, region)
             place = codec.read_place(step, tensors, request, region)
+            tracing = self._watch.tracing
+            if tracing is not None:
+                request, answer = tracing.watch_step(step, request, arrived_at, answer)
             self._engine.submit(
                 request,
-                lambda answer: self._answer(step_id, answer, place),
-                lambda: self._is_over,
+                answer,
+                self._origin,
                 arrived_at,
-                client=self,
                 lead_s=SHORT_LAUNCH_S if step.waits_for_answer else 0.0,
             )
         except OctavoError as error:
-            self._answer(step_id, StepAnswer(error=error))
+            answer(StepAnswer(error=error))
         except Exception:
             # A defect of ours; the stream must not fall silent for it.
-            log.exception("a step of %d bytes could not be taken", len(data))
+            log.exception(
+                "a step of %d bytes could not be taken",
+                len(data),
+                extra=step_names(step_id, step_key),
+            )
             defect = mismatch(Reason.MALFORMED_MESSAGE, "step", "one that can be taken", "another")
-            self._answer(step_id, StepAnswer(error=defect))
+            answer(StepAnswer(error=defect))
 
-    def _answer(self, step_id: int, answer: StepAnswer, place: AnswerPlace = IN_RESULT) -> None:
+    def _answer(self, step_id: int, step_key: int, answer: StepAnswer, place: AnswerPlace) -> None:
         try:
-            self._count_refusals(answer)
+            self._watch.on_answer(step_id, step_key, answer)
             self._send(codec.encode_response(step_id, answer, place))
         except Exception:
             # A defect of ours, and not the engine's; the client is told rather than left to wait.
-            log.exception("an answer could not be sent")
+            log.exception("an answer could not be sent", extra=step_names(step_id, step_key))
             self._call.cancel()
 
     def _send(self, message: bytes) -> None:

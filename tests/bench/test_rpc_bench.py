@@ -42,6 +42,9 @@ from tests.bench.rpc.pytriton_peer import (
 )
 from tests.bench.rpc.streams import step_bytes
 
+WAIT_S = 120
+"""Longer than an interpreter and its imports take on a busy machine."""
+
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Rig]:
@@ -142,13 +145,13 @@ def test_pytriton_that_cannot_be_installed_says_why(tmp_path: Path) -> None:
 def test_a_program_that_ends_or_hangs_says_why() -> None:
     python = Path(sys.executable)
     with pytest.raises(UnavailableError, match=r"No module named tests\.bench\.rpc\.none"):
-        Program(python, "none").read(30)
+        Program(python, "none").read(WAIT_S)
     ended = Program(python, "none")
     ended.wait()
     with pytest.raises(UnavailableError, match=r"No module named"):
         ended.ask("1")
     hanging = Program(python, "serve", "echo")
-    hanging.read(30)
+    hanging.read(WAIT_S)
     with pytest.raises(UnavailableError, match=r"no answer in 0.01 s"):
         hanging.read(0.01)
 

@@ -21,9 +21,11 @@ from octavo_client.load.cli import main
 from octavo_server import server as server_module
 from octavo_server.backends.base import Backend, StepOutput
 from octavo_server.backends.registry import create_backend
-from octavo_server.config import ModelConfig, ServerConfig
+from octavo_server.config_keys import ModelConfig, ServerConfig
 from octavo_server.model import ModelSpec
 from octavo_server.server import Server
+from tests.rpc.certificates import Authority
+from tests.rpc.tenants import TenantsFile
 
 NUM_BLOCKS = 256
 
@@ -66,12 +68,12 @@ def model_config(name: str, num_blocks: int) -> ModelConfig:
 
 @contextmanager
 def serving(
-    *, backend: Backend | None = None, num_blocks: int = NUM_BLOCKS, **limits: int
+    *, backend: Backend | None = None, num_blocks: int = NUM_BLOCKS, **settings: Any
 ) -> Iterator[str]:
     """Run a server and give its address."""
     found = backend or create_backend("cpu", 1, pin_threads=False)
     models = (model_config("tiny", num_blocks), model_config("other", num_blocks))
-    config = ServerConfig(port=0, models=models, **({"max_sessions": 200} | limits))  # type: ignore[arg-type]
+    config = ServerConfig(port=0, models=models, **({"max_sessions": 200} | settings))
     with mock.patch.object(server_module, "create_backend", return_value=found):
         server = Server(config)
     server.start()
@@ -137,6 +139,27 @@ def test_an_open_loop_in_two_processes(tmp_path: Path) -> None:
     assert point["checks"]["num_checked"] >= 80
     waited = sum(count for _, _, count in point["lateness_ns"])
     assert waited + point["counts"]["num_without_lane"] == 80
+
+
+def test_processes_prove_themselves_by_the_files_that_flags_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority, tenants = Authority(tmp_path), TenantsFile(tmp_path / "tenants.yaml")
+    token = tmp_path / "token"
+    token.write_text(tenants.add("load") + "\n")
+    server, client = (authority.issue(tmp_path / name) for name in ("server", "client"))
+    ca = str(authority.path)
+    tls = ("--tls-ca", ca, "--tls-cert", str(client.cert), "--tls-key", str(client.key))
+    load = ("--concurrency", "2", "--steps", "40", "--model", "tiny", "--check", "1")
+    with serving(**server.settings, **tenants.settings, tls_client_ca=ca) as target:
+        chaos = ("--processes", "2", "--chaos", "cancel,rival,slow", "--chaos-rate", "0.2")
+        status, record = run_load(target, tmp_path, *load, *chaos, *tls, "--token-file", str(token))
+        assert status == 0, record["faults"]
+        assert record["points"][0]["checks"]["num_wrong"] == 0
+        assert main(["--target", target, *load, *tls]) == 1
+        assert "UNAUTHENTICATED" in capsys.readouterr().err
+    assert main(["--target", target, *load, "--token-file", str(tmp_path / "none")]) == 2
+    assert f"the token file {tmp_path / 'none'} cannot be read" in capsys.readouterr().err
 
 
 def test_wrong_answers_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

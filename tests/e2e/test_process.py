@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +19,11 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from octavo import v1
 from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
+from tests.rpc.certificates import Authority
 
 MODEL = "name=tiny,num_layers=1,num_q_heads=8,num_kv_heads=2,head_dim=64,max_context=8192,num_blocks=256"
 WAIT_S = 60
@@ -170,6 +174,29 @@ def test_an_address_in_brackets_is_listened_on() -> None:
     assert line.startswith("listening on [::1]:")
 
 
+def test_plain_text_for_everybody_is_asked_for_and_warned_of(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command = [sys.executable, "-m", "octavo_server", "serve", "--port", "0", "--model", MODEL]
+    flags = ["--backend", "reference", "--host", "0.0.0.0", "--health-address", "127.0.0.1:0"]
+    assert subprocess.run([*command, *flags], check=False, timeout=WAIT_S).returncode == 2
+    assert "--host: got '0.0.0.0', which is not loopback, without TLS" in capfd.readouterr().err
+    flags += ["--allow-plaintext", "true"]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        with grpc.insecure_channel(lines[1].split()[-1]) as channel:
+            request = health_pb2.HealthCheckRequest(service="ready")
+            response = health_pb2_grpc.HealthStub(channel).Check(
+                request, timeout=WAIT_S, wait_for_ready=True
+            )
+        process.terminate()
+    assert lines[0].startswith("listening on 0.0.0.0:")
+    assert lines[1].startswith("health on 127.0.0.1:")
+    assert response.status == health_pb2.HealthCheckResponse.SERVING
+    assert "WARNING octavo_server.server: 0.0.0.0 is served in plain" in capfd.readouterr().err
+
+
 def test_a_killed_server_s_socket_is_taken_over(tmp_path: Path) -> None:
     flags = ["--backend", "reference", "--unix-socket", str(tmp_path / "octavo.sock")]
     for signal_number in (signal.SIGKILL, signal.SIGTERM):
@@ -192,3 +219,36 @@ def test_an_address_in_use_is_one_sentence() -> None:
     assert second.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_a_process_says_where_its_metrics_are_and_logs_in_json() -> None:
+    flags = ("--backend", "cpu", "--metrics-address", "127.0.0.1:0", "--log-format", "json")
+    with server_process(*flags) as (process, _):
+        assert process.stdout is not None
+        words = process.stdout.readline().split()
+        assert words[:2] == ["metrics", "on"]
+        with urllib.request.urlopen(words[2], timeout=WAIT_S) as response:
+            assert b"octavo_uptime_seconds" in response.read()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0
+        last = json.loads(errors.splitlines()[-1])
+        assert (last["level"], last["logger"]) == ("info", "octavo_server.server")
+        assert last["message"] == "stopped; everything accepted was finished"
+
+
+def test_logs_in_json_stay_json_whatever_is_sent_to_the_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    files = Authority(tmp_path).issue(tmp_path / "server")
+    tls = ("--tls-cert", str(files.cert), "--tls-key", str(files.key))
+    with server_process("--backend", "cpu", "--log-format", "json", *tls) as (process, address):
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=WAIT_S) as scan:
+            scan.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            while scan.recv(4096):
+                pass
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=WAIT_S)
+        assert all(isinstance(json.loads(line), dict) for line in errors.splitlines())

@@ -11,7 +11,7 @@ import pytest
 from octavo_server import server as server_module
 from octavo_server.backends.base import Backend
 from octavo_server.backends.registry import create_backend
-from octavo_server.config import ModelConfig, ServerConfig
+from octavo_server.config_keys import ModelConfig, ServerConfig
 from octavo_server.model import ModelSpec
 from octavo_server.server import Server
 from tests.rpc.gated_backend import GatedBackend

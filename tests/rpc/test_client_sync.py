@@ -313,7 +313,7 @@ def test_a_server_that_stops_and_one_that_takes_its_place() -> None:
         with pytest.raises((oc.ConnectionLost, oc.Draining)):
             session.decode(0, *draw_step())
     with serving(port=port), client:
-        with pytest.raises(oc.SessionNotFound):
+        with pytest.raises(oc.SessionLost):
             session.decode(0, *draw_step())
         with client.open_session(MODEL) as session:
             checked, tensors = Checked(session), draw_step()

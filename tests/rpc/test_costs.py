@@ -13,7 +13,19 @@ import octavo_client as oc
 from octavo import v1
 from tests.rpc.checked_session import Checked, draw_prompt, draw_step
 from tests.rpc.conftest import serving
-from tests.rpc.wire import CALL_TIMEOUT_S, MODEL, WINDOWED_MODEL, Caching, Wire
+from tests.rpc.wire import (
+    CALL_TIMEOUT_S,
+    HEAD_DIM,
+    MODEL,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    WINDOWED_MODEL,
+    Caching,
+    Wire,
+)
+
+TOKEN_BYTES = 2 * NUM_KV_HEADS * (HEAD_DIM + 2)
+"""Bytes of one cached token in one layer."""
 
 
 @pytest.fixture
@@ -116,7 +128,12 @@ def test_the_totals_count_what_was_done() -> None:
         assert (stats.num_queued, stats.max_queued_steps) == (0, 7)
         assert (stats.num_sessions, stats.num_streams, stats.max_streams) == (1, 1, 4)
         assert list(stats.pools) == [MODEL, WINDOWED_MODEL]
-        assert stats.pools[MODEL] == oc.PoolStats(num_blocks=12, num_free_blocks=10)
+        block_bytes = 16 * NUM_LAYERS * TOKEN_BYTES
+        assert stats.pools[MODEL] == oc.PoolStats(12, 10, 16, block_bytes)
+        # Attention over 21, 22 and 20 tokens, and what was stored.
+        assert launch.cache_bytes == (21 + 22 + 20 + 2 * 20 + 2) * TOKEN_BYTES
+        assert stats.device_free_bytes > 2**20
+        assert stats.uptime_s > 0
 
 
 def test_the_totals_count_the_bytes_of_messages_each_way() -> None:
@@ -146,13 +163,14 @@ def read_stats(wire: Wire) -> v1.ServerStatsResponse:
 def test_the_totals_count_every_refusal_once() -> None:
     with serving(max_streams=1, max_queued_steps=1) as wire, wire.stream() as stream:
         caching = wire.open()
+        closed = Caching("", caching.handle ^ 1)
         bad = wire.step((caching, 0, 1))
         bad.q.dtype = v1.DATA_TYPE_UNSPECIFIED
         stream.send(bad)
-        stream.send(wire.step((caching, 5, 1), (Caching("", 99), 0, 1)))
+        stream.send(wire.step((caching, 5, 1), (closed, 0, 1)))
         for _ in range(2):
             stream.receive()
-        gone = wire.step((Caching("", 99), 0, 1))
+        gone = wire.step((closed, 0, 1))
         once = wire.stub.DecodeOnce(v1.DecodeOnceRequest(step=gone), timeout=CALL_TIMEOUT_S)
         assert len(once.result.entry_errors) == 1
         with pytest.raises(grpc.RpcError):

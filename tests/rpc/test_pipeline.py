@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import octavo_client as oc
-from octavo_server.config import ModelConfig
+from octavo_server.config_keys import ModelConfig
 from tests.rpc.conftest import serving, tiny_model
 from tests.rpc.wire import HEAD_DIM, MODEL, NUM_KV_HEADS, NUM_LAYERS, NUM_Q_HEADS, Wire
 from tests.waiting import until

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from octavo import v1
 from octavo_server.errors import REASONS, Reason
 from tests.rpc.conftest import serving
+from tests.rpc.tenants import TenantsFile
 from tests.rpc.wire import (
     CALL_TIMEOUT_S,
     HEAD_DIM,
@@ -546,6 +548,49 @@ def test_a_server_whose_device_failed_refuses_everything_and_turns_unready() -> 
         confirm(refusal_of_call(refused.value), Reason.DEVICE_FAILURE)
         assert wire.health("ready") == next(watch) == "NOT_SERVING"
         assert wire.health("live") == "SERVING"
+
+
+def test_what_is_gone_is_said_to_be_expired_lost_or_closed() -> None:
+    with serving(lease_s=0.1) as wire:
+        expired = wire.open()
+        wait_until(lambda: not wire.sessions())
+        strange = Caching("0badcafe-" + 32 * "0", 0x0BAD << 48 | 7)
+        closed = Caching(expired.session_id[:-1] + "x", expired.handle ^ 1)
+        for caching, reason in (
+            (expired, Reason.SESSION_EXPIRED),
+            (strange, Reason.SESSION_LOST),
+            (closed, Reason.SESSION_NOT_FOUND),
+        ):
+            result = wire.run(wire.step((caching, 0, 1)))
+            confirm(refusal_of(result.entry_errors[0].error), reason)
+            with pytest.raises(grpc.RpcError) as refused:
+                wire.lengths(caching)
+            confirm(refusal_of_call(refused.value), reason)
+
+
+def test_a_tenant_over_its_limit_is_refused() -> None:
+    with serving(tenant_max_sessions=1, tenant_max_tokens=16) as wire:
+        caching = wire.open()
+        result = wire.run(wire.step((caching, 0, 17)))
+        confirm(refusal_of(result.entry_errors[0].error), Reason.TENANT_LIMIT)
+        with pytest.raises(grpc.RpcError) as refused:
+            wire.open()
+        confirm(refusal_of_call(refused.value), Reason.TENANT_LIMIT)
+
+
+def test_a_call_of_nobody_s_is_refused(tmp_path: Path) -> None:
+    tenants = TenantsFile(tmp_path / "tenants.yaml")
+    tenants.add("acme")
+    with serving(**tenants.settings) as wire:
+        with pytest.raises(grpc.RpcError) as refused:
+            wire.open()
+        confirm(refusal_of_call(refused.value), Reason.UNAUTHENTICATED)
+
+
+def test_bytes_that_are_no_exported_session_are_refused(wire: Wire) -> None:
+    with unharmed(wire), pytest.raises(grpc.RpcError) as refused:
+        wire.stub.ImportSession(iter([v1.ImportSessionRequest(data=b"?")]), timeout=CALL_TIMEOUT_S)
+    confirm(refusal_of_call(refused.value), Reason.SNAPSHOT_INVALID)
 
 
 def test_every_reason_was_met(request: pytest.FixtureRequest) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from octavo import v1
 from octavo.v1.octavo_pb2_grpc import OctavoServiceStub
 from octavo_client.oracle import AttentionOptions, OracleCache, check
-from octavo_server import server as server_module
+from octavo_server import grpc_server
 from tests.rpc.conftest import NUM_BLOCKS, serving
 from tests.rpc.cutting_proxy import cutting_proxy
 from tests.rpc.wire import (
@@ -403,7 +403,7 @@ def test_calls_that_send_nothing_hold_nothing_up(
     monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
     """More silent calls than there are threads; the last ones stay, and yet everything is answered."""
-    monkeypatch.setattr(server_module, "MAX_SILENT_CALLS", 2)
+    monkeypatch.setattr(grpc_server, "MAX_SILENT_CALLS", 2)
     with serving(max_streams=1, max_unary_calls=1) as wire:
         caching = wire.open()
         with silent_calls(wire, 30, *names) as calls:
@@ -420,7 +420,7 @@ def test_calls_that_send_nothing_hold_nothing_up(
 def test_calls_that_come_all_at_once_are_not_taken_for_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server_module, "MAX_SILENT_CALLS", 1)
+    monkeypatch.setattr(grpc_server, "MAX_SILENT_CALLS", 1)
     monkeypatch.setattr("octavo_server.request_reader.GRACE_S", CALL_TIMEOUT_S)
     with serving() as wire:
         request = v1.ServerInfoRequest()
@@ -454,8 +454,8 @@ def test_bytes_that_are_no_message_are_refused_by_health_too(wire: Wire, name: s
 def test_a_client_that_falls_silent_gives_its_streams_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server_module, "KEEPALIVE_MS", 1000)
-    monkeypatch.setattr(server_module, "KEEPALIVE_TIMEOUT_MS", 1000)
+    monkeypatch.setattr(grpc_server, "KEEPALIVE_MS", 1000)
+    monkeypatch.setattr(grpc_server, "KEEPALIVE_TIMEOUT_MS", 1000)
     with serving(max_streams=1) as wire, cutting_proxy(wire.address) as proxy:
         channel = grpc.insecure_channel(proxy.target)
         stub = OctavoServiceStub(channel)  # type: ignore[no-untyped-call]

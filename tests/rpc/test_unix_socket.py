@@ -12,7 +12,7 @@ import pytest
 
 import octavo_client as oc
 from octavo_server.backends.base import UnsupportedError
-from octavo_server.config import NO_HOST
+from octavo_server.config_keys import NO_HOST
 from octavo_server.unix_socket import MAX_PATH_BYTES
 from tests.rpc.checked_session import Checked, draw_step
 from tests.rpc.conftest import serving

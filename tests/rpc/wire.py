@@ -219,9 +219,9 @@ class Wire:
 class Stream:
     """A Decode stream."""
 
-    def __init__(self, stub: Any) -> None:
+    def __init__(self, stub: Any, metadata: Any = None) -> None:
         self._requests: SimpleQueue[v1.DecodeRequest | None] = SimpleQueue()
-        self.call = stub.Decode(iter(self._requests.get, None))
+        self.call = stub.Decode(iter(self._requests.get, None), metadata=metadata)
 
     def send(self, step: v1.Step) -> None:
         """Send a step."""

@@ -4,7 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
+from octavo_server.block_pool import BlockPool
 from octavo_server.model import ModelSpec
+from octavo_server.session import Session, SessionOptions
+from octavo_server.tenant import Tenant
+
+LEASE_S = 60.0
 
 
 def make_spec(**changes: object) -> ModelSpec:
@@ -23,6 +28,20 @@ def make_spec(**changes: object) -> ModelSpec:
         "soft_cap": (0.0,) * num_layers,
     }
     return ModelSpec(**(values | changes))  # type: ignore[arg-type]
+
+
+def make_session(
+    spec: ModelSpec,
+    pool: BlockPool,
+    *,
+    handle: int = 1,
+    tenant: Tenant | None = None,
+    reserve_tokens: int = 0,
+    lease_s: float = LEASE_S,
+) -> Session:
+    """Return an empty session, without the blocks that it reserves."""
+    options = SessionOptions(lease_s, reserve_tokens=reserve_tokens)
+    return Session(f"s{handle}", handle, spec, pool, tenant or Tenant(""), options)
 
 
 @pytest.fixture

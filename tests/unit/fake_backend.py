@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from octavo_server.backends.base import (
     StepOutput,
     StoredTokens,
     composed_step,
+    field_shape,
 )
 from octavo_server.model import ModelSpec
 
@@ -110,6 +112,24 @@ class FakeBackend:
     ) -> StoredTokens:
         """Refuse: nothing is stored."""
         raise NotImplementedError
+
+    def read_blocks(
+        self, cache: PagedInt8Cache, layer: int, field: str, block_ids: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Return codes of 1 and scales of 1: nothing is stored."""
+        num_tokens = len(block_ids) * cache.spec.block_size
+        dtype = np.float16 if field.endswith("scales") else np.int8
+        return np.ones(field_shape(cache.spec, field, num_tokens), dtype)
+
+    def write_blocks(
+        self,
+        cache: PagedInt8Cache,
+        layer: int,
+        field: str,
+        block_ids: NDArray[np.int64],
+        values: NDArray[Any],
+    ) -> None:
+        """Store nothing."""
 
     def _run(self, batch: RaggedBatch) -> None:
         if not self.batches or self.batches[-1] is not batch:

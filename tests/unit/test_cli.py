@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -14,11 +16,14 @@ import pytest
 from octavo_server import cuda_build, kernel_build, server
 from octavo_server.backends.base import UnsupportedError
 from octavo_server.cli import example_config, main
-from octavo_server.config import ModelKeys, ServerConfig
+from octavo_server.config_keys import ModelKeys, ServerConfig
 from octavo_server.config_schema import keys_of
 from octavo_server.logs import setup_logs
+from octavo_server.tenants_file import parse_tenants
+from octavo_server.tokens import hash_token
 from octavo_server.version import software_version
 
+VERBOSITY = "GRPC_VERBOSITY"
 TINY = "name=tiny,num_layers=2,num_q_heads=4,num_kv_heads=2,head_dim=64,max_context=512"
 
 
@@ -169,7 +174,11 @@ def test_mistakes_are_told_without_loading_torch_or_grpc() -> None:
 def restored_logs() -> object:
     root, package = logging.getLogger(), logging.getLogger("octavo_server")
     handlers, levels = list(root.handlers), (root.level, package.level)
+    verbosity = os.environ.pop(VERBOSITY, None)
     yield
+    os.environ.pop(VERBOSITY, None)
+    if verbosity is not None:
+        os.environ[VERBOSITY] = verbosity
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     package.setLevel(levels[1])
@@ -187,3 +196,66 @@ def test_logs_are_one_line_with_time_and_level(capsys: pytest.CaptureFixture[str
     time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
     assert re.fullmatch(time + r" INFO    octavo_server\.engine: holds 8192 tokens", first)
     assert re.fullmatch(time + r" WARNING a_library: worth knowing", second)
+
+
+@pytest.mark.usefixtures("restored_logs")
+def test_what_grpc_says_by_itself_is_limited_unless_asked_for() -> None:
+    for log_format, expected in (("text", "ERROR"), ("json", "NONE")):
+        os.environ.pop(VERBOSITY, None)
+        setup_logs("info", log_format)
+        assert os.environ[VERBOSITY] == expected
+    os.environ[VERBOSITY] = "DEBUG"
+    setup_logs("info", "json")
+    assert os.environ[VERBOSITY] == "DEBUG"
+
+
+def test_grpc_is_not_there_before_the_logs_are_set_up() -> None:
+    code = "import sys, octavo_server.cli; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_token_is_drawn_and_printed_with_its_line_of_the_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    drawn = set()
+    for _ in range(2):
+        assert main(["token"]) == 0
+        token, line = capsys.readouterr().out.splitlines()
+        token = token.removeprefix("token: ")
+        drawn.add(token)
+        (tenant,) = parse_tenants(Path("x"), f"tenants: [{{name: a, {line}}}]".encode())
+        assert tenant.token_sha256 == (hash_token(token),)
+    assert len(drawn) == 2
+
+
+@pytest.mark.usefixtures("restored_logs")
+def test_logs_in_json_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logs("info", "json")
+    log = logging.getLogger("octavo_server.engine")
+    log.info('holds "%d"\ntokens', 8192, extra={"step_key": "00ff", "limit": 3, "path": Path("x")})
+    try:
+        raise ValueError("a defect")
+    except ValueError:
+        log.exception("it failed", extra={"level": "spoofed"})
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
+    assert first == {
+        "level": "info",
+        "logger": "octavo_server.engine",
+        "message": 'holds "8192"\ntokens',
+        "step_key": "00ff",
+        "limit": 3,
+        "path": "x",
+    }
+    assert (second["level"], second["message"]) == ("error", "it failed")
+    assert second["exception"].startswith("Traceback")
+    assert second["exception"].endswith("ValueError: a defect")
+
+
+@pytest.mark.usefixtures("restored_logs")
+def test_the_format_of_logs_is_the_configs(
+    served: list[ServerConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", TINY, "--log-format", "json"]) == 7
+    logging.getLogger("octavo_server").warning("as asked")
+    assert json.loads(capsys.readouterr().err)["message"] == "as asked"

@@ -13,6 +13,7 @@ DRAINING = oc.Draining("DRAINING", "no", retry_after_s=3.0)
 QUEUE_FULL = oc.QueueFull("QUEUE_FULL", "no", retry_after_s=0.1)
 FULL = oc.OutOfBlocks("OUT_OF_BLOCKS", "no", retry_after_s=0.1)
 GONE = oc.SessionNotFound("SESSION_NOT_FOUND", "no")
+LOST_SESSION = oc.SessionLost("SESSION_LOST", "no")
 
 
 def test_delays_double_up_to_the_longest_then_end() -> None:
@@ -30,6 +31,17 @@ def test_a_success_starts_over() -> None:
     backoff.reset()
     assert backoff.next_delay(LOST) is not None
     assert backoff.next_delay(LOST) is None
+
+
+def test_the_defaults_leave_the_end_to_the_timeouts() -> None:
+    """A server that restarts is tried for as long as a step waits, often enough to notice that it is back."""
+    backoff, least_s = Backoff(oc.Retry()), 0.0
+    while least_s < oc.Timeout().step_s:
+        delay = backoff.next_delay(LOST)
+        assert delay is not None
+        assert delay <= 1.0
+        least_s += delay / 2
+    assert backoff.next_delay(LOST) is not None
 
 
 def test_every_wait_fits_the_clocks() -> None:
@@ -55,6 +67,7 @@ def test_the_server_may_ask_for_longer() -> None:
         (_retry.TRUNCATE_GUARDED, QUEUE_FULL, True),
         (_retry.GET_SESSION, FULL, False),
         (_retry.CLOSE_SESSION, GONE, False),
+        (_retry.GET_SESSION, LOST_SESSION, False),
         (_retry.GET_SESSION, oc.CallTimeout("late", may_be_applied=False), False),
     ],
 )
@@ -73,6 +86,7 @@ def test_a_close_that_may_have_worked_is_settled_by_not_found() -> None:
     attempts = Attempts(oc.Retry(), deadline=100.0)
     assert attempts.delay_by_rule(_retry.CLOSE_SESSION, LOST, 0.0) is not None
     assert attempts.delay_by_rule(_retry.CLOSE_SESSION, GONE, 1.0) is None
+    assert attempts.delay_by_rule(_retry.CLOSE_SESSION, LOST_SESSION, 1.0) is None
 
 
 def test_no_attempt_begins_after_the_deadline() -> None:

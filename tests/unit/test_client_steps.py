@@ -77,11 +77,20 @@ def test_a_message_says_all_of_its_step() -> None:
     assert (first.lengths, second.lengths) == ((3, 7), (8, 8))
 
 
-def test_a_step_that_only_reads_has_no_key_and_moves_nothing() -> None:
+def test_a_step_that_only_reads_moves_nothing() -> None:
     session = mirror(3, 5)
     placed = draft((session, 1, 2, None), arrays=tensors(2, has_kv=False))
     assert start_of(placed) == [3]
-    assert (message_of(placed).step_key, placed.has_kv, session.lengths) == (0, False, (3, 5))
+    assert (placed.has_kv, session.lengths) == (False, (3, 5))
+
+
+def test_every_step_has_a_key_of_its_own() -> None:
+    session = mirror(3, 5)
+    keys = {
+        message_of(draft((session, 1, 1, None), arrays=tensors(1, has_kv=has_kv))).step_key
+        for has_kv in (False, True, False)
+    }
+    assert len(keys - {0}) == 3
 
 
 def test_uncausal_queries_need_no_position() -> None:
@@ -289,6 +298,20 @@ def test_a_step_expires_with_its_fate() -> None:
     fates = [(type(error), error.may_be_applied) for _, _, error in outcomes]  # type: ignore[union-attr]
     assert fates == [(oc.StepTimeout, True), (oc.StepTimeout, False)]
     assert (to_send, session.is_stale, len(exchange)) == ([], True, 0)
+
+
+def test_a_step_that_expires_while_the_server_is_away_says_why() -> None:
+    exchange, (step_id,), _ = in_exchange(draft((mirror(), 0, 1, None), timeout=1.0))
+    away = oc.ConnectionLost("connection refused", may_be_applied=True)
+    exchange.on_broken(away)
+    (outcome,) = exchange.expire(1.0).outcomes
+    assert outcome.error is not None
+    assert outcome.error.__cause__ is away
+    exchange.on_result(result_of(pb.StepResult(step_id=step_id)), 1.0)
+    exchange.submit(Job(draft((mirror(), 0, 1, None), timeout=1.0), Waiter(), is_single=True), 1.0)
+    (outcome,) = exchange.expire(2.0).outcomes
+    assert outcome.error is not None
+    assert outcome.error.__cause__ is None
 
 
 def test_an_expiry_after_a_cut_leaves_the_fate_open() -> None:

@@ -12,14 +12,8 @@ from safetensors.numpy import save_file
 
 from octavo_server.backends.registry import BACKEND_NAMES
 from octavo_server.cli import example_config
-from octavo_server.config import (
-    DEFAULT_MEMORY,
-    ConfigError,
-    MemorySize,
-    ModelKeys,
-    ServerConfig,
-    load_config,
-)
+from octavo_server.config import ConfigError, load_config
+from octavo_server.config_keys import DEFAULT_MEMORY, MemorySize, ModelKeys, ServerConfig
 from octavo_server.config_schema import keys_of
 from octavo_server.model import ModelSpec
 
@@ -106,14 +100,36 @@ def test_every_key_of_the_server_is_read(write_yaml: WriteYaml) -> None:
         "max_message_bytes": "1MiB",
         "shared_memory": True,
         "shared_memory_bytes": "2MiB",
+        "lease_s": 1.5,
+        "max_lease_s": 3.5,
+        "tenant_max_sessions": 9,
+        "tenant_max_tokens": 10,
+        "tenant_max_bytes": "3MiB",
+        "tls_cert": "/etc/octavo/tls.crt",
+        "tls_key": "/etc/octavo/tls.key",
+        "tls_client_ca": "/etc/octavo/ca.crt",
+        "tenants": "/etc/octavo/tenants.yaml",
+        "allow_plaintext": True,
+        "metrics_address": "127.0.0.1:9464",
+        "health_address": "[::1]:50052",
+        "allow_plaintext_monitoring": True,
+        "otlp_endpoint": "http://127.0.0.1:4317",
+        "trace_sample_ratio": 0.5,
+        "snapshot_dir": "/var/lib/octavo",
         "drain_timeout_s": 2.5,
         "log_level": "error",
+        "log_format": "json",
     }
     assert written.keys() == {key.name for key in keys_of(ServerConfig)}
     lines = [f"{key}: {value!r}\n" for key, value in written.items()]
     config = load_config(write_yaml("".join(lines) + TINY_YAML))
     read = {name: getattr(config, name) for name in written}
-    assert read == written | {"max_message_bytes": 2**20, "shared_memory_bytes": 2**21}
+    sizes = {
+        "max_message_bytes": 2**20,
+        "shared_memory_bytes": 2**21,
+        "tenant_max_bytes": 3 * 2**20,
+    }
+    assert read == written | sizes
 
 
 def test_attention_options_are_given_per_layer() -> None:
@@ -226,7 +242,7 @@ def test_all_mistakes_come_at_once_with_their_lines(write_yaml: WriteYaml) -> No
         """\
 prt: 1
 max_sesions: 4
-host: a
+host: ::1
 host: b
 models:
   - name: llama

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from octavo_server.config import ConfigError, ModelKeys, ServerConfig, load_config
+from octavo_server.config import ConfigError, load_config
+from octavo_server.config_keys import ModelKeys, ServerConfig
 from octavo_server.config_schema import keys_of
 
 TINY = "name=tiny,num_layers=2,num_q_heads=4,num_kv_heads=2,head_dim=64,max_context=512"
@@ -36,14 +37,14 @@ def test_deep_nesting_ends_well(tmp_path: Path) -> None:
     ends_well(tmp_path / "octavo.yaml")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_bytes_end_well(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "octavo.yaml").write_bytes(content)
     ends_well(tmp_path / "octavo.yaml")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(server=SECTIONS, models=st.lists(SECTIONS, max_size=2) | VALUES)
 def test_any_yaml_ends_well(tmp_path: Path, server: dict[str, object], models: object) -> None:
     path = tmp_path / "octavo.yaml"
@@ -51,6 +52,7 @@ def test_any_yaml_ends_well(tmp_path: Path, server: dict[str, object], models: o
     ends_well(path)
 
 
+@settings(deadline=None)
 @given(key=st.sampled_from(KEYS), value=st.text(max_size=20))
 def test_any_flag_ends_well(key: str, value: str) -> None:
     ends_well(None, f"{TINY},{key}={value}", value, **{key: value})

@@ -18,7 +18,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from octavo_server.block_pool import BlockPool
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.session import Admission, AppendRecord, Session
-from tests.unit.conftest import make_spec
+from tests.unit.conftest import make_session, make_spec
 
 NUM_BLOCKS = 10
 SPEC = make_spec(max_context=96)
@@ -47,7 +47,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(target=twins)
     def open_session(self) -> Twin:
-        twin = Twin(Session("s", next(self.drawn), SPEC, self.pool))
+        twin = Twin(make_session(SPEC, self.pool, handle=next(self.drawn)))
         self.open.append(twin)
         return twin
 
@@ -105,7 +105,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(target=twins, twin=twins)
     def share(self, twin: Twin) -> Twin:
         """A second session on the same blocks, as a fork will make it."""
-        session = Session("s", next(self.drawn), SPEC, self.pool)
+        session = make_session(SPEC, self.pool, handle=next(self.drawn))
         self.pool.share(twin.session.block_table)
         session.block_table = twin.session.block_table[:]
         session.lengths = twin.session.lengths[:]

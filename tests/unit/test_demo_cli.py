@@ -17,6 +17,11 @@ def test_defaults() -> None:
         "seed": 0,
         "quality_tokens": 4096,
         "weights": DEFAULT_WEIGHTS,
+        "tls_ca": None,
+        "tls_cert": None,
+        "tls_key": None,
+        "token_file": None,
+        "allow_plaintext_token": False,
     }
 
 

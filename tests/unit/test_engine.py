@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
@@ -17,9 +18,11 @@ from octavo_server.engine import Engine
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.launch import answer_step
 from octavo_server.model_pool import ModelPool
+from octavo_server.session import Session, SessionOptions, SessionState
 from octavo_server.session_store import SessionStore
-from octavo_server.step import StepAnswer, StepRequest
-from tests.unit.conftest import make_spec
+from octavo_server.step import StepAnswer, StepOrigin, StepRequest
+from octavo_server.tenant import Tenants
+from tests.unit.conftest import LEASE_S, make_spec
 from tests.unit.fake_backend import FakeBackend
 from tests.waiting import wait_until
 
@@ -37,28 +40,54 @@ class Bench:
             cache = alloc_paged_int8_cache(self.backend, spec, 10)
             pools[spec.name] = ModelPool(cache, BlockPool(10))
         self.pool = pools["tiny"].blocks
-        self.sessions = SessionStore("feed", max_sessions=4)
+        self.store = SessionStore("feed", max_sessions=4)
+        self.tenants = Tenants()
+        self.tenant = self.tenants.get("")
+        self.origin = StepOrigin(self.tenant)
         self.engine = Engine(
-            self.backend, pools, self.sessions, lambda: self.failures.append(True), max_queued_steps
+            self.backend,
+            pools,
+            self.store,
+            self.tenants,
+            lambda: self.failures.append(True),
+            max_queued_steps,
         )
+        self._origins: dict[str, StepOrigin] = {}
         self.engine.start()
 
-    def open(self, model: str = "tiny") -> int:
-        return self.engine.open_session(model, "").handle
+    def open(self, model: str = "tiny", **options: Any) -> int:
+        return self.open_session(model, **options).handle
+
+    def open_session(
+        self, model: str = "tiny", request_id: str = "", **options: Any
+    ) -> SessionState:
+        asked = SessionOptions(**({"lease_s": LEASE_S} | options))
+        return self.engine.sessions.open(model, self.tenant, asked, request_id)
 
     def id_of(self, handle: int) -> str:
-        session = self.sessions.by_handle(handle)
-        assert session is not None
+        session = self.store.by_handle(handle, self.tenant)
+        assert isinstance(session, Session)
         return session.session_id
+
+    def state(self, handle: int) -> SessionState:
+        return self.engine.sessions.get_by_handle(handle, self.tenant)
+
+    def close(self, session_id: str) -> Future[int]:
+        return self.engine.sessions.close(session_id, self.tenant)
 
     def submit(
         self,
         request: StepRequest,
-        is_cancelled: Callable[[], bool] = lambda: False,
+        is_cancelled: Callable[[], bool] | None = None,
         client: str = "",
     ) -> SimpleQueue[StepAnswer]:
         answers: SimpleQueue[StepAnswer] = SimpleQueue()
-        self.engine.submit(request, answers.put, is_cancelled, client=client)
+        origin = self._origins.setdefault(
+            client, self.origin if not client else StepOrigin(self.tenant)
+        )
+        if is_cancelled is not None:
+            origin = StepOrigin(self.tenant, is_cancelled)
+        self.engine.submit(request, answers.put, origin)
         return answers
 
     def run(self, request: StepRequest) -> StepAnswer:
@@ -111,7 +140,7 @@ def test_a_step_appends_then_attends(bench: Bench) -> None:
     assert answer.out[:, 0, 0].tolist() == [4, 4, 4, 3, 3]
     assert answer.lse is not None
     assert answer.lse.shape == (5, 4)
-    assert bench.engine.get_session(bench.id_of(handle)).lengths == (3, 2)
+    assert bench.state(handle).lengths == (3, 2)
 
 
 def test_slots_follow_the_block_table(bench: Bench) -> None:
@@ -125,7 +154,7 @@ def test_slots_follow_the_block_table(bench: Bench) -> None:
 
 def test_one_bad_entry_leaves_its_neighbours_answered(bench: Bench) -> None:
     good, bad, gone = bench.open(), bench.open(), bench.open()
-    bench.engine.close_session(bench.id_of(gone)).result(WAIT_S)
+    bench.close(bench.id_of(gone)).result(WAIT_S)
     free = bench.pool.num_free
     request = step(
         (bad, 0, 0, 20),
@@ -150,7 +179,7 @@ def test_one_bad_entry_leaves_its_neighbours_answered(bench: Bench) -> None:
     assert answer.out[:, 0, 0].tolist() == [0] * 20 + [3, 3] + [0] * 3
     assert answer.lse is not None
     assert answer.lse[:, 0].tolist() == [0] * 20 + [2.5, 2.5] + [0] * 3
-    assert bench.engine.get_session(bench.id_of(bad)).lengths == (0, 0)
+    assert bench.state(bad).lengths == (0, 0)
     assert bench.pool.num_free == free - 1
 
 
@@ -168,7 +197,7 @@ def test_a_replay_answers_again_and_stores_nothing(bench: Bench) -> None:
     assert first.out is not None
     assert again.out is not None
     np.testing.assert_array_equal(first.out, again.out)
-    assert bench.engine.get_session(bench.id_of(handle)).lengths == (3, 0)
+    assert bench.state(handle).lengths == (3, 0)
 
 
 def test_queued_steps_share_one_launch(bench: Bench) -> None:
@@ -231,8 +260,8 @@ def test_close_and_truncate_wait_for_what_was_accepted_before(bench: Bench) -> N
     session_id = bench.id_of(handle)
     bench.hold()
     answer = bench.submit(step((handle, 0, 0, 20)))
-    truncated = bench.engine.truncate_session(session_id, 5, [])
-    closed = bench.engine.close_session(session_id)
+    truncated = bench.engine.sessions.truncate(session_id, bench.tenant, 5, [])
+    closed = bench.close(session_id)
     after = bench.submit(step((handle, 0, 5, 1)))
     assert not truncated.done()
     bench.backend.may_run.set()
@@ -246,7 +275,7 @@ def test_close_and_truncate_wait_for_what_was_accepted_before(bench: Bench) -> N
 def test_closing_twice_at_once_closes_once(bench: Bench) -> None:
     session_id = bench.id_of(bench.open())
     bench.hold()
-    first, second = (bench.engine.close_session(session_id) for _ in range(2))
+    first, second = (bench.close(session_id) for _ in range(2))
     bench.backend.may_run.set()
     assert first.result(WAIT_S) == 0
     with pytest.raises(OctavoError, match="no open session"):
@@ -296,7 +325,7 @@ def test_stopping_refuses_what_never_had_its_turn(bench: Bench) -> None:
     handle = bench.open()
     bench.hold()
     waiting = bench.submit(step((handle, 0, 0, 1)))
-    closing = bench.engine.close_session(bench.id_of(handle))
+    closing = bench.close(bench.id_of(handle))
     stopping = threading.Thread(target=bench.engine.stop)
     stopping.start()
     wait_until(lambda: bench.engine._is_stopped)
@@ -313,7 +342,7 @@ def test_a_backend_that_fails_refuses_everything_and_says_so_once(bench: Bench) 
     handle = bench.open()
     bench.hold()
     waiting = bench.submit(step((handle, 0, 0, 1)))
-    closing = bench.engine.close_session(bench.id_of(handle))
+    closing = bench.close(bench.id_of(handle))
     bench.backend.is_broken = True
     bench.backend.may_run.set()
     error = waiting.get(timeout=WAIT_S).error
@@ -386,26 +415,26 @@ def test_one_session_and_layer_twice_in_a_step_is_refused(bench: Bench) -> None:
 
 
 def test_opening_is_idempotent_by_request_id_and_limited(bench: Bench) -> None:
-    first = bench.engine.open_session("tiny", "request")
-    assert bench.engine.open_session("tiny", "request") == first
+    first = bench.open_session("tiny", "request")
+    assert bench.open_session("tiny", "request").session_id == first.session_id
     with pytest.raises(OctavoError) as refused:
-        bench.engine.open_session("other", "request")
+        bench.open_session("other", "request")
     assert refused.value.reason is Reason.DUPLICATE_ENTRY
     for _ in range(3):
         bench.open()
     with pytest.raises(OctavoError) as refused:
         bench.open()
     assert refused.value.metadata == {"limit": "4"}
-    bench.engine.close_session(first.session_id).result(WAIT_S)
-    assert bench.engine.open_session("tiny", "request").handle != first.handle
+    bench.close(first.session_id).result(WAIT_S)
+    assert bench.open_session("tiny", "request").handle != first.handle
 
 
 def test_sessions_are_listed_in_pages_in_the_order_of_opening(bench: Bench) -> None:
     handles = [bench.open() for _ in range(4)]
-    page, next_idx = bench.engine.list_sessions(0, 3)
+    page, next_idx = bench.engine.sessions.page(bench.tenant, 0, 3)
     assert [state.handle for state in page] == handles[:3]
-    bench.engine.close_session(page[2].session_id).result(WAIT_S)
-    page, next_idx = bench.engine.list_sessions(next_idx, 3)
+    bench.close(page[2].session_id).result(WAIT_S)
+    page, next_idx = bench.engine.sessions.page(bench.tenant, next_idx, 3)
     assert [state.handle for state in page] == handles[3:]
     assert next_idx == 0
 
@@ -419,7 +448,7 @@ def test_an_idle_engine_runs_a_step_in_the_thread_that_brings_it(bench: Bench) -
     bench.backend.binds_caller = False
     handle = bench.open()
     answers: list[StepAnswer] = []
-    bench.engine.submit(step((handle, 0, 0, 1)), answers.append, lead_s=math.inf)
+    bench.engine.submit(step((handle, 0, 0, 1)), answers.append, bench.origin, lead_s=math.inf)
     assert [answer.error for answer in answers] == [None]
     assert bench.backend.threads[-1] is threading.current_thread()
     assert bench.run(step((handle, 0, 1, 1))).error is None
@@ -429,7 +458,7 @@ def test_an_idle_engine_runs_a_step_in_the_thread_that_brings_it(bench: Bench) -
 def test_a_backend_that_binds_its_caller_has_one(bench: Bench) -> None:
     bench.backend.binds_caller = True
     answers: SimpleQueue[StepAnswer] = SimpleQueue()
-    bench.engine.submit(step((bench.open(), 0, 0, 1)), answers.put, lead_s=math.inf)
+    bench.engine.submit(step((bench.open(), 0, 0, 1)), answers.put, bench.origin, lead_s=math.inf)
     assert answers.get(timeout=WAIT_S).error is None
     assert {thread.name for thread in bench.backend.threads} == {"octavo-engine"}
 
@@ -439,13 +468,13 @@ def test_a_step_that_comes_while_another_thread_leads_is_the_engines(bench: Benc
     bench.backend.may_run.clear()
     leader = threading.Thread(
         target=bench.engine.submit,
-        args=(step((first, 0, 0, 1)), lambda _: None),
+        args=(step((first, 0, 0, 1)), lambda _: None, bench.origin),
         kwargs={"lead_s": math.inf},
     )
     leader.start()
     assert bench.backend.is_running.wait(WAIT_S)
     answers: SimpleQueue[StepAnswer] = SimpleQueue()
-    bench.engine.submit(step((second, 0, 0, 1)), answers.put, lead_s=math.inf)
+    bench.engine.submit(step((second, 0, 0, 1)), answers.put, bench.origin, lead_s=math.inf)
     bench.backend.may_run.set()
     assert answers.get(timeout=WAIT_S).error is None
     leader.join(WAIT_S)
@@ -457,7 +486,9 @@ def test_draining_waits_for_whoever_leads(bench: Bench) -> None:
     bench.backend.may_run.clear()
     request = step((bench.open(), 0, 0, 1))
     leader = threading.Thread(
-        target=bench.engine.submit, args=(request, lambda _: None), kwargs={"lead_s": math.inf}
+        target=bench.engine.submit,
+        args=(request, lambda _: None, bench.origin),
+        kwargs={"lead_s": math.inf},
     )
     leader.start()
     assert bench.backend.is_running.wait(WAIT_S)
@@ -517,7 +548,7 @@ def test_a_full_queue_refuses_steps_and_takes_changes() -> None:
         bench.submit(step((handle, 0, 1, 1)))
     assert refused.value.reason is Reason.QUEUE_FULL
     assert refused.value.metadata == {"limit": "2"}
-    closed = bench.engine.close_session(bench.id_of(handle))
+    closed = bench.close(bench.id_of(handle))
     bench.backend.may_run.set()
     for answer in answers:
         assert not answer.get(timeout=WAIT_S).entry_errors
@@ -575,7 +606,10 @@ def test_the_totals_have_every_launch_before_it_is_answered(bench: Bench) -> Non
     assert shapes == [(1, 2, 2, 2, 2), (2, 1, 1, 2, 5), (4, 1, 2, 3, 6)]
     assert (stats.num_steps, stats.num_appended_tokens) == (5, 3 + 2 + 1 + 1 + 1)
     assert (stats.num_queued, stats.max_queued_steps, stats.num_sessions) == (0, 100, 3)
-    assert stats.pools == (("tiny", 10, 8), ("other", 10, 9))
+    assert [pool[:3] for pool in stats.pools] == [("tiny", 10, 8), ("other", 10, 9)]
+    assert [pool[3:] for pool in stats.pools] == [
+        (pool.spec.block_size, pool.spec.block_bytes) for pool in bench.engine.pools.values()
+    ]
 
 
 def test_what_steps_waited_and_took_adds_up(bench: Bench) -> None:
@@ -599,11 +633,11 @@ def test_a_step_runs_where_it_is_brought_only_while_launches_are_short(bench: Be
     handle = bench.open()
     bench.engine._last_launch_s = 1.0
     answers: SimpleQueue[StepAnswer] = SimpleQueue()
-    bench.engine.submit(step((handle, 0, 0, 1)), answers.put, lead_s=0.5)
+    bench.engine.submit(step((handle, 0, 0, 1)), answers.put, bench.origin, lead_s=0.5)
     assert answers.get(timeout=WAIT_S).error is None
     assert bench.backend.threads[-1].name == "octavo-engine"
     wait_until(lambda: not bench.engine._is_busy)
-    bench.engine.submit(step((handle, 0, 1, 1)), answers.put, lead_s=0.5)
+    bench.engine.submit(step((handle, 0, 1, 1)), answers.put, bench.origin, lead_s=0.5)
     assert answers.get(timeout=WAIT_S).error is None
     assert bench.backend.threads[-1] is threading.current_thread()
 

@@ -15,25 +15,58 @@ CLIENT_ROOT = ROOT / "client" / "octavo_client"
 
 WORK = frozenset({"work", "work_lanes", "work_order"})
 
+FILES = frozenset({"session_file", "session_header"})
+
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "config_schema", "config_source", "errors", "logs", "model", "version"}),
-    frozenset({"block_pool", "scheduler", "session", "session_store", "stats"} | WORK),
-    frozenset({"backends", "cuda_build", "kernel_build", "step", "launch", "model_pool"}),
-    frozenset({"engine", "queued"}),
     frozenset(
         {
+            "config",
+            "config_keys",
+            "config_rules",
+            "config_section",
+            "config_schema",
+            "config_source",
+            "errors",
+            "logs",
+            "model",
+            "tenants_file",
+            "tokens",
+            "version",
+        }
+    ),
+    frozenset(
+        {"block_pool", "leases", "scheduler", "session", "session_store", "stats", "tenant"}
+        | WORK
+        | FILES
+    ),
+    frozenset({"backends", "cuda_build", "kernel_build", "step", "launch", "model_pool"}),
+    frozenset({"engine", "queued", "session_transfer", "sessions", "snapshots"}),
+    frozenset(
+        {
+            "auth",
+            "calls",
             "codec",
+            "grpc_server",
+            "metrics",
+            "metrics_server",
+            "step_log",
+            "step_watch",
+            "tracing",
+            "health_check",
             "request_reader",
             "service",
             "shared_memory",
             "status",
             "step_stream",
             "stream_call",
+            "tls",
             "traffic",
+            "transfer_calls",
             "unix_socket",
         }
     ),
     frozenset({"server"}),
+    frozenset({"status_command", "status_view"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
@@ -41,10 +74,25 @@ LAYERS: tuple[frozenset[str], ...] = (
 
 WIRE = frozenset({"grpc", "grpc_status", "grpc_health", "grpc_reflection", "google", "octavo"})
 PURE_CORE = (
-    frozenset({"block_pool", "scheduler", "session", "session_store", "stats", "errors"}) | WORK
+    frozenset(
+        {
+            "block_pool",
+            "leases",
+            "scheduler",
+            "session",
+            "session_store",
+            "stats",
+            "tenant",
+            "errors",
+        }
+    )
+    | WORK
+    | FILES
 )
 NOT_IN_PURE_CORE = WIRE | {"torch", "time", "datetime"}
 NOT_IN_ENGINE = WIRE | {"torch"}
+USE_THE_CLIENT = frozenset({"status_command", "status_view"})
+"""Modules of octavo_server that are a client of one themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +217,15 @@ def test_every_layer_exists() -> None:
 
 def test_pure_core_and_engine_know_no_wire_and_no_torch() -> None:
     assert foreign_imports(read_package(SERVER_ROOT), BANNED) == []
+
+
+def test_the_server_knows_no_client_but_where_it_is_one() -> None:
+    users = {
+        module.name.partition(".")[2]
+        for module in read_package(SERVER_ROOT)
+        if any(_is_of(imported, "octavo_client") for imported in module.imports)
+    }
+    assert users == USE_THE_CLIENT
 
 
 def test_client_knows_no_server_and_loads_no_torch() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from octavo_client import BatchResult, OutOfBlocks, PositionMismatch, QueueFull, StepTimeout
+from octavo_client.access import Endpoint
 from octavo_client.load import lane as lane_module
 from octavo_client.load.book import Book
 from octavo_client.load.chaos import Chaos
@@ -68,7 +69,7 @@ class FakeClient:
 class FakeConnection:
     """Always the same client."""
 
-    target = "nowhere"
+    endpoint = Endpoint("nowhere")
 
     def __init__(self, client: FakeClient) -> None:
         self.client: Any = client

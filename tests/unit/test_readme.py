@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo_server.config import ModelKeys
+from octavo_server.config_keys import ModelKeys
 from octavo_server.config_schema import keys_of
 from octavo_server.errors import REASONS, ReasonSpec
 from octavo_server.model import ModelSpec
@@ -62,3 +62,23 @@ def test_byte_arithmetic_holds() -> None:
     assert f"{sent_bytes:,} bytes of Q, K and V there and {received_bytes:,} bytes back" in stated
     (fraction,) = re.findall(r"KB, 1/(\d+) of it", stated)
     assert int(fraction) == pytest.approx(read_bytes / (sent_bytes + received_bytes), rel=0.01)
+
+
+def test_sizes_are_what_pools_hold() -> None:
+    table = README[README.index("| model | layers / kv heads") :].partition("\n\n")[0]
+    head, _, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines())
+    assert len(rows) >= 4
+    for _, shape, *cells in rows:
+        num_layers, num_kv_heads, head_dim = map(int, shape.split("/"))
+        options = (1.0,) * num_layers, (0,) * num_layers, (0.0,) * num_layers
+        spec = ModelSpec("m", num_layers, num_kv_heads, num_kv_heads, head_dim, 32, 8192, *options)
+        sizes = [int(size.removesuffix(" GiB")) * 2**30 for size in head[3:]]
+        held = [size // spec.block_bytes * spec.block_size for size in sizes]
+        assert [int(cell.replace(",", "")) for cell in cells] == [spec.int8_token_bytes, *held]
+
+
+def test_threat_model_names_tests_that_are_there() -> None:
+    page = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:unit|rpc|e2e|kernels)/test_\w+\.py", page))
+    assert len(named) > 10
+    assert {name for name in named if not (ROOT / "tests" / name).is_file()} == set()

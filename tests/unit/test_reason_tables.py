@@ -9,7 +9,17 @@ from octavo_client import RefusedError
 from octavo_server.errors import REASONS, OctavoError, Reason
 
 OWN_FIELDS = set(get_type_hints(RefusedError))
-COUNTS = {"token", "head", "layer", "length", "start_pos", "requested", "limit", "timeout_ms"}
+COUNTS = {
+    "token",
+    "head",
+    "layer",
+    "length",
+    "start_pos",
+    "requested",
+    "limit",
+    "timeout_ms",
+    "lease_ms",
+}
 
 
 def test_both_sides_know_the_same_reasons() -> None:

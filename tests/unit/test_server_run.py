@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from octavo_server import server
-from octavo_server.config import ServerConfig
+from octavo_server.config_keys import ServerConfig
+from octavo_server.snapshots import RestoreStoppedError
 
 
 def test_torch_keeps_one_thread_once_the_pools_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,13 +24,24 @@ def test_torch_keeps_one_thread_once_the_pools_are_there(monkeypatch: pytest.Mon
         def watch_signals(self) -> None:
             pass
 
+        def has_rung(self) -> bool:
+            return False
+
         def wait(self) -> None:
             return None
 
     class FailingServer:
         """Allocates its pools, and fails before it serves anything."""
 
-        def __init__(self, config: ServerConfig, on_failure: Callable[[], None]) -> None:
+        metrics_url = ""
+
+        def __init__(
+            self,
+            config: ServerConfig,
+            on_failure: Callable[[], None],
+            is_stopping: Callable[[], bool],
+        ) -> None:
+            assert not is_stopping()
             events.append("pools")
             on_failure()
 
@@ -44,3 +57,31 @@ def test_torch_keeps_one_thread_once_the_pools_are_there(monkeypatch: pytest.Mon
     monkeypatch.setattr("torch.set_num_threads", lambda num: events.append(f"{num} thread"))
     assert server.run(ServerConfig()) == server.EXIT_DEVICE_FAILURE
     assert events == ["pools", "failure", "1 thread", "start"]
+
+
+def test_a_signal_while_sessions_are_restored_ends_the_process_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alarm, stopped = server._Alarm(), []
+    monkeypatch.setattr(server, "_Alarm", lambda: alarm)
+    monkeypatch.setattr(alarm, "watch_signals", lambda: None)
+
+    class RestoringServer:
+        """Is told to stop while it starts."""
+
+        def __init__(self, _config: object, _on_failure: object, is_stopping: Any) -> None:
+            self._is_stopping = is_stopping
+
+        def start(self) -> int:
+            assert not self._is_stopping()
+            alarm.ring()
+            assert self._is_stopping()
+            raise RestoreStoppedError("0 of 1 sessions were read")
+
+        def stop(self) -> None:
+            stopped.append(True)
+
+    monkeypatch.setattr(server, "Server", RestoringServer)
+    monkeypatch.setattr("torch.set_num_threads", lambda _num: None)
+    assert server.run(ServerConfig()) == 0
+    assert stopped == [True]

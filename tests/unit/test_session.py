@@ -8,6 +8,7 @@ from octavo_server.block_pool import BlockPool
 from octavo_server.errors import OctavoError, Reason
 from octavo_server.model import ModelSpec
 from octavo_server.session import Admission, AppendRecord, Session
+from tests.unit.conftest import make_session, make_spec
 
 SpecOf = Callable[..., ModelSpec]
 
@@ -19,7 +20,7 @@ def pool() -> BlockPool:
 
 @pytest.fixture
 def session(pool: BlockPool, spec_of: SpecOf) -> Session:
-    return Session("s", 1, spec_of(), pool)
+    return make_session(spec_of(), pool)
 
 
 def append(
@@ -130,12 +131,12 @@ def test_a_context_over_the_models_limit_is_refused(session: Session, pool: Bloc
 
 
 def test_a_context_over_the_whole_pool_is_too_long_and_not_out_of_blocks(spec_of: SpecOf) -> None:
-    session = Session("s", 1, spec_of(max_context=4096), BlockPool(2))
+    session = make_session(spec_of(max_context=4096), BlockPool(2))
     assert refusal(session, 0, 0, 33).metadata == {"max_context": "32", "requested": "33"}
 
 
 def test_reservation_is_all_or_nothing(session: Session, pool: BlockPool, spec_of: SpecOf) -> None:
-    other = Session("other", 2, spec_of(max_context=160), pool)
+    other = make_session(spec_of(max_context=160), pool, handle=2)
     append(other, 0, 0, 128)
     error = refusal(session, 0, 0, 33)
     assert error.reason is Reason.OUT_OF_BLOCKS
@@ -170,7 +171,7 @@ def test_attending_past_the_end_or_on_nothing_is_refused(
 
 
 def test_full_attention_is_refused_on_a_layer_with_a_window(spec_of: SpecOf) -> None:
-    session = Session("s", 1, spec_of(window=(8, 0)), BlockPool(10))
+    session = make_session(spec_of(window=(8, 0)), BlockPool(10))
     append(session, 0, 0, 20)
     append(session, 1, 0, 20)
     with pytest.raises(OctavoError) as refused:
@@ -219,7 +220,7 @@ def test_close_frees_everything_and_takes_nothing_more(session: Session, pool: B
 
 def share_blocks(session: Session, pool: BlockPool, spec: ModelSpec) -> Session:
     """Return a session that holds the same tokens in the same blocks."""
-    twin = Session("twin", 2, spec, pool)
+    twin = make_session(spec, pool, handle=2)
     pool.share(session.block_table)
     twin.block_table = session.block_table[:]
     twin.lengths = session.lengths[:]
@@ -248,3 +249,42 @@ def test_copying_counts_in_the_reservation(
     assert refusal(twin, 0, 20, 20).metadata == {"required_blocks": "2", "free_blocks": "1"}
     assert list(twin.block_table) == [0, 1]
     assert append(twin, 0, 20, 4).copies == ((1, 9),)
+
+
+def test_a_reservation_is_taken_at_once_and_kept_until_the_close(pool: BlockPool) -> None:
+    session = make_session(make_spec(), pool, reserve_tokens=40)
+    session.reserve()
+    assert (session.block_table.tolist(), pool.num_free) == ([0, 1, 2], 7)
+    append(session, 0, 0, 17)
+    assert session.state(0.0).num_blocks == 3
+    append(session, 0, 17, 40)
+    assert pool.num_free == 6
+    session.truncate(0)
+    assert (session.block_table.tolist(), pool.num_free) == ([0, 1, 2], 7)
+    assert session.close() == 3
+
+
+def test_a_reserved_session_never_runs_out_of_blocks(pool: BlockPool) -> None:
+    session = make_session(make_spec(), pool, reserve_tokens=96)
+    session.reserve()
+    pool.allocate(pool.num_free)
+    for start in range(0, 96, 8):
+        append(session, 0, start, 8)
+    assert session.lengths == [96, 0]
+
+
+def test_its_lease_counts_from_its_last_use(pool: BlockPool) -> None:
+    session = make_session(make_spec(), pool, lease_s=10)
+    session.used_at = 5
+    assert session.lease_ends_at == 15
+    assert session.state(12).lease_remaining_s == 3
+    assert session.state(99).lease_remaining_s == 0
+
+
+def test_an_expired_session_says_so(pool: BlockPool) -> None:
+    session = make_session(make_spec(), pool, lease_s=10)
+    session.has_expired = True
+    session.close()
+    with pytest.raises(OctavoError, match="10000 ms without use") as refused:
+        session.admit_append(0, AppendRecord(0, 1, 7))
+    assert refused.value.reason is Reason.SESSION_EXPIRED

@@ -2,7 +2,7 @@
 
 import pytest
 
-from octavo_server.stats import LaunchStats, LaunchTimes, LaunchTotals, StageTimes
+from octavo_server.stats import Durations, LaunchStats, LaunchTimes, LaunchTotals, StageTimes
 
 
 def launch(num_entries: int, num_steps: int = 1) -> LaunchTimes:
@@ -14,7 +14,8 @@ def launch(num_entries: int, num_steps: int = 1) -> LaunchTimes:
         num_steps=num_steps,
         num_entries=num_entries,
         num_tokens=2 * num_entries,
-        queued_s=0.001 * num_steps,
+        arrivals=[9.999] * num_steps,
+        cache_bytes=1000 * num_entries,
     )
 
 
@@ -43,6 +44,22 @@ def test_launches_add_up_by_batch_size() -> None:
         of_size.copy_out_s += 0.000_05
     assert totals.num_appended_tokens == 8
     assert totals.stats() == (
-        LaunchStats(1, 1, 1, 1, 2, 1000, 200, 3000, 50),
-        LaunchStats(4, 2, 5, 7, 14, 5000, 400, 6000, 100),
+        LaunchStats(1, 1, 1, 1, 2, 1000, 200, 3000, 50, 1000),
+        LaunchStats(4, 2, 5, 7, 14, 5000, 400, 6000, 100, 7000),
     )
+
+
+def test_durations_are_counted_by_powers_of_two_of_microseconds() -> None:
+    totals = LaunchTotals()
+    for num_steps in (1, 2):
+        totals.add(launch(4, num_steps), 0)
+    totals.add(LaunchTimes(10.0, 10.0, 10.000_000_5, 1, 1, 1, [10.0]), 0)
+    # Waits of 1000 us and none; kernels of 3000 us and half a one.
+    assert nonzero(totals.queue) == {10: 3, 0: 1}
+    assert nonzero(totals.kernel) == {12: 2, 0: 1}
+    assert totals.queue.total_s == pytest.approx(0.003)
+    assert totals.kernel.total_s == pytest.approx(0.006_000_5)
+
+
+def nonzero(durations: Durations) -> dict[int, int]:
+    return {i: count for i, count in enumerate(durations.counts) if count}

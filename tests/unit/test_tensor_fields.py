@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,12 +101,23 @@ def test_what_is_damaged_is_refused_or_read_as_protobuf_reads_it(
         (b"\x0a\x05\x08", "more than one"),
         (b"\x0a\x01\x08\x0a\x00", "more than one"),
         (b"\x0a\x80", "within a field"),
-        (b"\x0a" + b"\xff" * 11, "64 bits"),
+        (b"\x0a" + b"\xff" * 11, "more bytes"),
+        (b"\x0a" + b"\x80" * 5 + b"\x00", "more bytes"),
     ],
 )
 def test_another_outer_message_is_left_to_protobuf(message: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         only_field(message, STEP)
+
+
+def test_numbers_that_protobuf_finds_too_long_are_left_to_it() -> None:
+    """A tag in six bytes: the number is that of q."""
+    tensor = pb.Step(q=pb.Tensor(data=b"ab")).SerializeToString()
+    message = bytes([tensor[0] | 0x80]) + b"\x80" * 4 + b"\x00" + tensor[1:]
+    with pytest.raises(DecodeError):
+        pb.Step.FromString(message)
+    with pytest.raises(ValueError, match="more bytes"):
+        cut_tensors(message, TENSORS)
 
 
 def test_a_tensor_in_two_pieces_is_left_to_protobuf() -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits
 
 from octavo_client import Client, ConnectionLost, Model, OctavoError, Retry
+from octavo_client.access import NO_ACCESS, Endpoint, access_of, add_access_flags
 from octavo_client.demo.display import show_phase, show_texts, show_waiting, text_panels
 from octavo_client.demo.local_server import ServerStartError, local_server, model_flag
 from octavo_client.demo.model import (
@@ -117,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens to compare with exact attention, 0 = none (%(default)s)",
     )
+    add_access_flags(parser)
     add("--weights", type=Path, default=DEFAULT_WEIGHTS, metavar="FILE", help="of another model")
     return parser
 
@@ -134,7 +136,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     num_seqs = max(map(len, phases))
     with (
         _server(args, console, model_flag(MODEL_NAME, model.config, num_seqs)) as target,
-        Client(target, retry=RETRY) as client,
+        Endpoint(target, access_of(args)).client(retry=RETRY) as client,
     ):
         served = _connect(client, target, model.config, phases, console)
         orchestrate = functools.partial(Orchestrator, client, model)
@@ -166,6 +168,13 @@ def _check(args: argparse.Namespace, prompts: Sequence[str], config: ModelConfig
             "--backend is for the server that is started here: leave out one of --target and --backend"
         )
     _utf8("--target", args.target or "")
+    access = access_of(args)
+    if access != NO_ACCESS and not args.target:
+        raise UsageError("flags for TLS and tokens are for the server that --target names")
+    try:
+        access.check(args.target or "")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     most_tokens = config.max_context - 1
     if not 2 <= args.tokens <= most_tokens:
         raise UsageError(f"--tokens must be from 2 to {most_tokens}, got {args.tokens}")

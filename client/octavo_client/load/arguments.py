@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from octavo_client import REASONS, Model, ServerInfo
+from octavo_client.access import access_of, add_access_flags
 from octavo_client.load.chaos import EXPECTED, KINDS, NUM_SLOW_STEPS
 from octavo_client.load.content import DTYPES
 from octavo_client.load.distribution import SpecError, parse_lengths, parse_mix
 from octavo_client.load.plan import LoadPoint, Workload
 from octavo_client.load.results import Settings
 
-DEFAULT_EXPECTED = ("QUEUE_FULL", "OUT_OF_BLOCKS", "SESSION_LIMIT", "STREAM_LIMIT")
+DEFAULT_EXPECTED = ("QUEUE_FULL", "OUT_OF_BLOCKS", "SESSION_LIMIT", "STREAM_LIMIT", "TENANT_LIMIT")
 """What a server that has too much to do says."""
 
 _CLIENT_REASONS = ("STEP_TIMEOUT", "CALL_TIMEOUT", "CONNECTION_LOST", "CLIENT_CLOSED")
@@ -44,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FLAGS",
         help="start one on loopback with these flags of `octavo-server serve`, as one argument",
     )
+    add_access_flags(parser)
     _add_load(parser.add_argument_group("load"))
     _add_workload(parser.add_argument_group("workload"))
     _add_checks(parser.add_argument_group("checks and faults"))
@@ -191,6 +193,7 @@ def _workload(args: argparse.Namespace, target: str, info: ServerInfo) -> Worklo
         expected=_expected(args.expect, chaos),
         chaos=chaos,
         chaos_rate=_share("--chaos-rate", args.chaos_rate),
+        access=access_of(args),
     )
 
 

@@ -20,14 +20,16 @@ import grpc
 from numpy.typing import NDArray
 
 from octavo.v1 import octavo_pb2 as pb
-from octavo_client import Client, Entry, Session, Timeout
-from octavo_client._channel import DECODE_RPC, channel_options
+from octavo_client import Entry, Session, Timeout
+from octavo_client._channel import DECODE_RPC, channel_options, open_channel
 from octavo_client._config import Retry
+from octavo_client._credentials import CallMetadata
 from octavo_client._encoding import Result, encode_decode, encode_tensors
 from octavo_client._errors import OctavoError, PositionMismatch
 from octavo_client._status import error_from_rpc, error_from_status
 from octavo_client._tensors import from_wire
 from octavo_client._wire import random_key
+from octavo_client.access import Endpoint
 from octavo_client.load.content import Tensors
 
 KINDS = ("kill", "cancel", "deadline", "slow", "rival")
@@ -83,14 +85,14 @@ class Chaos:
         return float(low * (high / low) ** self._rng.random())
 
 
-def abandon_upload(target: str, session_id: str, k: NDArray[Any], v: NDArray[Any]) -> None:
+def abandon_upload(endpoint: Endpoint, session_id: str, k: NDArray[Any], v: NDArray[Any]) -> None:
     """Begin to upload a prompt, and give up in the middle.
 
     Raises:
         OctavoError: The session could not be found.
     """
     impatient = Timeout(append_s=random.uniform(0.001, 0.01))
-    with Client(target, timeout=impatient, retry=Retry(max_attempts=1)) as client:
+    with endpoint.client(timeout=impatient, retry=Retry(max_attempts=1)) as client:
         session = client.attach(session_id)
         try:
             session.append(k, v, layer=0)
@@ -98,13 +100,15 @@ def abandon_upload(target: str, session_id: str, k: NDArray[Any], v: NDArray[Any
             return  # as it was meant, or refused; the session is closed either way
 
 
-def rival_append(target: str, session_id: str, layer: int, start_pos: int, tensors: Tensors) -> str:
+def rival_append(
+    endpoint: Endpoint, session_id: str, layer: int, start_pos: int, tensors: Tensors
+) -> str:
     """Append as a second client at a position that is taken; return what is wrong with the answer, or "".
 
     Raises:
         OctavoError: The server could not say, since it has no room or is gone.
     """
-    with Client(target) as client:
+    with endpoint.client() as client:
         session = client.attach(session_id)
         result = client.decode_batch([Entry(session, layer, 1, start_pos)], *tensors)
     error = result.errors.get(0)
@@ -119,12 +123,17 @@ class SlowReader:
     """A Decode stream whose answers are not read for a while.
 
     Args:
-        target: The server.
+        endpoint: The server.
         stopping: Set when it is to end.
     """
 
-    def __init__(self, target: str, stopping: threading.Event) -> None:
-        self._channel = grpc.insecure_channel(target, channel_options(Timeout(), Retry()))
+    def __init__(self, endpoint: Endpoint, stopping: threading.Event) -> None:
+        access = endpoint.access
+        options = channel_options(Timeout(), Retry())
+        self._channel: grpc.Channel = open_channel(
+            grpc, endpoint.target, options, access.tls, access.token
+        )
+        self._metadata = CallMetadata(access.token, None)
         self._stopping = stopping
 
     def run(
@@ -145,7 +154,8 @@ class SlowReader:
         """
         positions = range(start_pos, start_pos + NUM_SLOW_STEPS)
         messages = [_message(session.handle, p, content(p)) for p in positions]
-        call = self._channel.stream_stream(*DECODE_RPC)(iter(messages), timeout=_CALL_TIMEOUT_S)
+        rpc = self._channel.stream_stream(*DECODE_RPC)
+        call = rpc(iter(messages), timeout=_CALL_TIMEOUT_S, metadata=self._metadata())
         self._stopping.wait(random.uniform(0.2, 2.0))
         try:
             for response in call:

@@ -35,8 +35,10 @@ MAX_BACKLOG = 20_000
 MAX_FAULTS = 20
 """Wrong answers that are told one by one; the others are counted."""
 
+NICENESS = 15
+"""Of the processes that check: what is timed goes before them."""
+
 _CHUNK = 8
-_NICENESS = 15
 
 
 class Sample(NamedTuple):
@@ -132,9 +134,9 @@ def _options(model: Model, layer: int) -> AttentionOptions:
 _checker: Checker | None = None
 
 
-def _start_checker(seed: int, models: Mapping[str, Model], dtype: str) -> None:
+def _start_checker(niceness: int, seed: int, models: Mapping[str, Model], dtype: str) -> None:
     global _checker  # noqa: PLW0603 - a process of the pool has one
-    os.nice(_NICENESS)
+    os.nice(niceness)
     _checker = Checker(seed, models, dtype)
 
 
@@ -175,6 +177,7 @@ class CheckPool:
         workload: Its seed, models and dtype.
         num_processes: How many processes.
         is_eager: Whether answers are checked as they come; False: once `finish` is called.
+        niceness: Of the processes.
     """
 
     def __init__(
@@ -183,9 +186,10 @@ class CheckPool:
         num_processes: int,
         *,
         is_eager: bool,
+        niceness: int = NICENESS,
     ) -> None:
         self._executor = ProcessPoolExecutor(
-            num_processes, get_context("spawn"), _start_checker, workload
+            num_processes, get_context("spawn"), _start_checker, (niceness, *workload)
         )
         self._is_eager = is_eager
         self._waiting: deque[Sample] = deque()

@@ -15,7 +15,8 @@ from types import FrameType
 
 from rich.console import Console
 
-from octavo_client import Client, OctavoError, Retry, ServerInfo
+from octavo_client import OctavoError, Retry, ServerInfo
+from octavo_client.access import Endpoint, access_of
 from octavo_client.load.arguments import UsageError, make_parser, settings_of
 from octavo_client.load.page import render
 from octavo_client.load.plots import one_plot, plots
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, arguments: Sequence[str], console: Console, target: str) -> int:
-    with Client(target, retry=RETRY) as client:
+    endpoint = _endpoint(args, target)
+    with endpoint.client(retry=RETRY) as client:
         info = client.server_info()
         settings = settings_of(args, target, info)
         console.print(
@@ -79,6 +81,15 @@ def _run(args: argparse.Namespace, arguments: Sequence[str], console: Console, t
     if status == 0 and result.is_interrupted:
         return _fail("interrupted", EXIT_INTERRUPTED)
     return status
+
+
+def _endpoint(args: argparse.Namespace, target: str) -> Endpoint:
+    access = access_of(args)
+    try:
+        access.check(target)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return Endpoint(target, access)
 
 
 def _save(

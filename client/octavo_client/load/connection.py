@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from octavo_client import Client, Session, Timeout
 from octavo_client._errors import ClientClosed, SessionNotFound
+from octavo_client.access import Endpoint
 from octavo_client.load.content import Walk
 
 _MAX_CUTS = 8
@@ -40,15 +41,15 @@ class Connection:
     """A client that can be replaced; shared by the lanes whose steps go over one stream.
 
     Args:
-        target: The server.
+        endpoint: The server.
         timeout: Of its calls and steps.
     """
 
-    def __init__(self, target: str, timeout: Timeout) -> None:
-        self.target = target
+    def __init__(self, endpoint: Endpoint, timeout: Timeout) -> None:
+        self.endpoint = endpoint
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._client = Client(target, timeout=timeout)
+        self._client = endpoint.client(timeout=timeout)
         self._generation = 0
         self._is_closed = False
 
@@ -62,7 +63,7 @@ class Connection:
         with self._lock:
             if self._is_closed:
                 return
-            abandoned, self._client = self._client, Client(self.target, timeout=self._timeout)
+            abandoned, self._client = self._client, self.endpoint.client(timeout=self._timeout)
             self._generation += 1
         abandoned.close()
 

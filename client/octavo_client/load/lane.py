@@ -247,7 +247,7 @@ class Lane:
         position = member.position - 1
         session_id = member.session.session_id
         self._connection.adopt([member])
-        fault = rival_append(self._connection.target, session_id, draft.layer, position, other)
+        fault = rival_append(self._connection.endpoint, session_id, draft.layer, position, other)
         if fault:
             self._rig.book.fault(fault)
 

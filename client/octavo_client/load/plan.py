@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from octavo_client._types import Model
+from octavo_client.access import NO_ACCESS, Access, Endpoint
 from octavo_client.load.distribution import Lengths, Mix
 
 Kind = Literal["concurrency", "rate"]
@@ -33,6 +34,7 @@ class Workload:
         expected: Reasons of errors that are counted and survived; any other one fails the run.
         chaos: Kinds of faults that are injected.
         chaos_rate: Share of the steps that meet one.
+        access: What proves the clients to the server; paths, not what is in them.
     """
 
     target: str
@@ -51,6 +53,12 @@ class Workload:
     expected: frozenset[str]
     chaos: frozenset[str]
     chaos_rate: float
+    access: Access = NO_ACCESS
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The server, and what proves the clients to it."""
+        return Endpoint(self.target, self.access)
 
     def num_layers(self, model: str) -> int:
         """Return how many layers of a model are used."""

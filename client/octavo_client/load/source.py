@@ -116,7 +116,7 @@ class SessionSource:
         session = client.open_session(model)
         book.opened(session.session_id)
         k, v = self._rig.rows[model].prompt([Walk(0, 1)], num_tokens)
-        abandon_upload(self._connection.target, session.session_id, k[0], v[0])
+        abandon_upload(self._connection.endpoint, session.session_id, k[0], v[0])
         book.chaos("cancel upload")
         self.close(LoadSession(session, generation, 0, [], 0, 0))
 

@@ -99,7 +99,7 @@ class _Worker:
         self._rig = Rig(workload, share, rows, self._book, chaos, time.monotonic_ns, self._stopping)
         num_streams = -(-share.num_lanes // workload.steps_per_stream)
         self._connections = [
-            Connection(workload.target, timeouts(workload)) for _ in range(num_streams)
+            Connection(workload.endpoint, timeouts(workload)) for _ in range(num_streams)
         ]
         self._lanes = [
             Lane(self._rig, idx, self._connections[idx // workload.steps_per_stream])
@@ -199,8 +199,8 @@ class _Worker:
 
     def _read_slowly(self, pace: Pace) -> None:
         """Keep a slow reader at work; its answers are checked too."""
-        connection = Connection(self._rig.workload.target, timeouts(self._rig.workload))
-        reader = SlowReader(self._rig.workload.target, self._stopping)
+        connection = Connection(self._rig.workload.endpoint, timeouts(self._rig.workload))
+        reader = SlowReader(self._rig.workload.endpoint, self._stopping)
         source = SessionSource(self._rig, self._rig.share.num_lanes, connection)
         try:
             while not pace.is_over() and not self._stopping.is_set():

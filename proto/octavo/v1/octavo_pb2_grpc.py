@@ -28,8 +28,12 @@ if _version_not_supported:
 class OctavoServiceStub:
     """The cache and its attention.
 
+    A server with tenants takes metadata `authorization: Bearer TOKEN`, and refuses every call without a token that it knows
+    (UNAUTHENTICATED). A session is its tenant's: to others it does not exist.
+
     Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request, or a field that cannot be). Calls that
-    take a session can end with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down,
+    take a session can end with SESSION_NOT_FOUND (it was closed, never opened, or is another tenant's), SESSION_EXPIRED (its
+    lease ended) or SESSION_LOST (it is of a server process that ended, and was not restored). Calls that change anything end with DRAINING once the server shuts down,
     and with DEVICE_FAILURE once its device has failed. Unary calls that wait for queued work (TruncateSession,
     CloseSession, DecodeOnce) can end with QUEUE_FULL.
     """
@@ -65,6 +69,11 @@ class OctavoServiceStub:
                 request_serializer=octavo_dot_v1_dot_octavo__pb2.ListSessionsRequest.SerializeToString,
                 response_deserializer=octavo_dot_v1_dot_octavo__pb2.ListSessionsResponse.FromString,
                 _registered_method=True)
+        self.KeepAlive = channel.unary_unary(
+                '/octavo.v1.OctavoService/KeepAlive',
+                request_serializer=octavo_dot_v1_dot_octavo__pb2.KeepAliveRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_octavo__pb2.KeepAliveResponse.FromString,
+                _registered_method=True)
         self.TruncateSession = channel.unary_unary(
                 '/octavo.v1.OctavoService/TruncateSession',
                 request_serializer=octavo_dot_v1_dot_octavo__pb2.TruncateSessionRequest.SerializeToString,
@@ -90,13 +99,27 @@ class OctavoServiceStub:
                 request_serializer=octavo_dot_v1_dot_octavo__pb2.DecodeOnceRequest.SerializeToString,
                 response_deserializer=octavo_dot_v1_dot_octavo__pb2.DecodeOnceResponse.FromString,
                 _registered_method=True)
+        self.ExportSession = channel.unary_stream(
+                '/octavo.v1.OctavoService/ExportSession',
+                request_serializer=octavo_dot_v1_dot_octavo__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_octavo__pb2.ExportSessionResponse.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.stream_unary(
+                '/octavo.v1.OctavoService/ImportSession',
+                request_serializer=octavo_dot_v1_dot_octavo__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_octavo__pb2.ImportSessionResponse.FromString,
+                _registered_method=True)
 
 
 class OctavoServiceServicer:
     """The cache and its attention.
 
+    A server with tenants takes metadata `authorization: Bearer TOKEN`, and refuses every call without a token that it knows
+    (UNAUTHENTICATED). A session is its tenant's: to others it does not exist.
+
     Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request, or a field that cannot be). Calls that
-    take a session can end with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down,
+    take a session can end with SESSION_NOT_FOUND (it was closed, never opened, or is another tenant's), SESSION_EXPIRED (its
+    lease ended) or SESSION_LOST (it is of a server process that ended, and was not restored). Calls that change anything end with DRAINING once the server shuts down,
     and with DEVICE_FAILURE once its device has failed. Unary calls that wait for queued work (TruncateSession,
     CloseSession, DecodeOnce) can end with QUEUE_FULL.
     """
@@ -117,8 +140,10 @@ class OctavoServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OpenSession(self, request, context):
-        """Opens an empty session of a model. Idempotent by `request_id`: repeating it returns the same session.
-        Errors: MODEL_NOT_FOUND, SESSION_LIMIT, DUPLICATE_ENTRY (the request_id opened a session of another model).
+        """Opens an empty session of a model. Idempotent by `request_id`: repeating it returns the same session. A session lives
+        until it is closed or its lease ends: the lease is renewed by every step, append, truncate and KeepAlive.
+        Errors: MODEL_NOT_FOUND, SESSION_LIMIT, TENANT_LIMIT, DUPLICATE_ENTRY (the request_id opened a session of another model),
+        and with `reserve_tokens` CONTEXT_TOO_LONG or OUT_OF_BLOCKS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,8 +163,16 @@ class OctavoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KeepAlive(self, request, context):
+        """Renews the leases of sessions. Safe to repeat. A session that cannot be renewed has its error in the response; the
+        others are renewed all the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TruncateSession(self, request, context):
-        """Sets every layer's length to min(its length, `length`) and frees the blocks left behind. Waits for the steps of the
+        """Sets every layer's length to min(its length, `length`) and frees the blocks left behind, save what the session reserved. Waits for the steps of the
         session that were accepted before it. Never fails because a layer is shorter. Forgets the last appends, so a step
         sent before the truncate can no longer be replayed. Repeating it changes nothing more.
         Errors: POSITION_MISMATCH (`expected_lengths` given and wrong).
@@ -187,6 +220,26 @@ class OctavoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportSession(self, request, context):
+        """Sends a session's cache as the bytes of one safetensors file: codes and scales of every layer in token order, lengths,
+        last appends and options, with a checksum at its end. What is appended while it is sent is not in it; a session that is
+        truncated or closed meanwhile ends the call with POSITION_MISMATCH or SESSION_NOT_FOUND. Changes nothing but the lease.
+        Errors: STREAM_LIMIT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request_iterator, context):
+        """Opens a session with the cache of an exported one. It appears, under a new id and handle, once all is received and the
+        checksum fits; until then, and after any error, nothing of it is there. Idempotent by `request_id`, as OpenSession.
+        Errors: as for OpenSession, SNAPSHOT_INVALID (the bytes are no such file, are damaged, or are of another model),
+        CONTEXT_TOO_LONG, OUT_OF_BLOCKS, STREAM_LIMIT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OctavoServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -215,6 +268,11 @@ def add_OctavoServiceServicer_to_server(servicer, server):
                     request_deserializer=octavo_dot_v1_dot_octavo__pb2.ListSessionsRequest.FromString,
                     response_serializer=octavo_dot_v1_dot_octavo__pb2.ListSessionsResponse.SerializeToString,
             ),
+            'KeepAlive': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepAlive,
+                    request_deserializer=octavo_dot_v1_dot_octavo__pb2.KeepAliveRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_octavo__pb2.KeepAliveResponse.SerializeToString,
+            ),
             'TruncateSession': grpc.unary_unary_rpc_method_handler(
                     servicer.TruncateSession,
                     request_deserializer=octavo_dot_v1_dot_octavo__pb2.TruncateSessionRequest.FromString,
@@ -240,6 +298,16 @@ def add_OctavoServiceServicer_to_server(servicer, server):
                     request_deserializer=octavo_dot_v1_dot_octavo__pb2.DecodeOnceRequest.FromString,
                     response_serializer=octavo_dot_v1_dot_octavo__pb2.DecodeOnceResponse.SerializeToString,
             ),
+            'ExportSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=octavo_dot_v1_dot_octavo__pb2.ExportSessionRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_octavo__pb2.ExportSessionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=octavo_dot_v1_dot_octavo__pb2.ImportSessionRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_octavo__pb2.ImportSessionResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'octavo.v1.OctavoService', rpc_method_handlers)
@@ -251,8 +319,12 @@ def add_OctavoServiceServicer_to_server(servicer, server):
 class OctavoService:
     """The cache and its attention.
 
+    A server with tenants takes metadata `authorization: Bearer TOKEN`, and refuses every call without a token that it knows
+    (UNAUTHENTICATED). A session is its tenant's: to others it does not exist.
+
     Every call can end with MALFORMED_MESSAGE (bytes that are not the call's request, or a field that cannot be). Calls that
-    take a session can end with SESSION_NOT_FOUND. Calls that change anything end with DRAINING once the server shuts down,
+    take a session can end with SESSION_NOT_FOUND (it was closed, never opened, or is another tenant's), SESSION_EXPIRED (its
+    lease ended) or SESSION_LOST (it is of a server process that ended, and was not restored). Calls that change anything end with DRAINING once the server shuts down,
     and with DEVICE_FAILURE once its device has failed. Unary calls that wait for queued work (TruncateSession,
     CloseSession, DecodeOnce) can end with QUEUE_FULL.
     """
@@ -393,6 +465,33 @@ class OctavoService:
             _registered_method=True)
 
     @staticmethod
+    def KeepAlive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.OctavoService/KeepAlive',
+            octavo_dot_v1_dot_octavo__pb2.KeepAliveRequest.SerializeToString,
+            octavo_dot_v1_dot_octavo__pb2.KeepAliveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def TruncateSession(request,
             target,
             options=(),
@@ -517,6 +616,60 @@ class OctavoService:
             '/octavo.v1.OctavoService/DecodeOnce',
             octavo_dot_v1_dot_octavo__pb2.DecodeOnceRequest.SerializeToString,
             octavo_dot_v1_dot_octavo__pb2.DecodeOnceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/octavo.v1.OctavoService/ExportSession',
+            octavo_dot_v1_dot_octavo__pb2.ExportSessionRequest.SerializeToString,
+            octavo_dot_v1_dot_octavo__pb2.ExportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/octavo.v1.OctavoService/ImportSession',
+            octavo_dot_v1_dot_octavo__pb2.ImportSessionRequest.SerializeToString,
+            octavo_dot_v1_dot_octavo__pb2.ImportSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

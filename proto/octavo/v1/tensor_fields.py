@@ -84,7 +84,7 @@ def only_field(message: bytes, number: int) -> Span:
     if not message or message[0] != number << 3 | _LENGTH_DELIMITED:
         raise ValueError(f"the message does not begin with field {number}")
     try:
-        size, start = _read_varint(message, 1)
+        size, start = _read_varint(message, 1, _MAX_SIZE_BITS)
     except IndexError:
         raise ValueError("the message ends within a field") from None
     if start + size != len(message):
@@ -121,10 +121,10 @@ def _cut(message: bytes, numbers: frozenset[int], span: Span) -> tuple[bytes, di
     found: dict[int, Span] = {}
     while idx < end:
         first = idx
-        tag, idx = _read_varint(message, idx)
+        tag, idx = _read_varint(message, idx, _MAX_SIZE_BITS)
         wire_type = tag & 7
         if wire_type == _LENGTH_DELIMITED:
-            size, start = _read_varint(message, idx)
+            size, start = _read_varint(message, idx, _MAX_SIZE_BITS)
             idx = start + size
             number = tag >> 3
             if number in numbers:
@@ -146,22 +146,24 @@ def _cut(message: bytes, numbers: frozenset[int], span: Span) -> tuple[bytes, di
 
 
 _MAX_VARINT_BITS = 63
+_MAX_SIZE_BITS = 28
+"""Tags and sizes take at most five bytes; protobuf refuses longer ones, also where the number itself is small."""
 
 
-def _read_varint(message: bytes, idx: int) -> tuple[int, int]:
-    """Return a number and where it ends."""
+def _read_varint(message: bytes, idx: int, max_bits: int = _MAX_VARINT_BITS) -> tuple[int, int]:
+    """Return a number, whose last byte adds bits from `max_bits` on at most, and where it ends."""
     byte = message[idx]
     if byte < 0x80:
         return byte, idx + 1
     value, shift = byte & 0x7F, 7
-    while shift <= _MAX_VARINT_BITS:
+    while shift <= max_bits:
         idx += 1
         byte = message[idx]
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, idx + 1
         shift += 7
-    raise ValueError("a number of more than 64 bits")
+    raise ValueError("a number of more bytes than it may have")
 
 
 def encode_tensors(

@@ -150,6 +150,12 @@ class StoredTokens(NamedTuple):
     v_scales: NDArray[np.float16]
 
 
+def field_shape(spec: ModelSpec, field: str, num_tokens: int) -> tuple[int, ...]:
+    """Return the shape of a field of `StoredTokens`."""
+    rows = (num_tokens, spec.num_kv_heads)
+    return rows if field.endswith("scales") else (*rows, spec.head_dim)
+
+
 class Backend(Protocol):
     """Paged INT8 layers and the operations over them.
 
@@ -248,6 +254,39 @@ class Backend(Protocol):
             cache: The model's cache.
             layer: 0-based layer.
             slots: [num_tokens] int64 `block_id * block_size + offset`, each stored before.
+        """
+
+    def read_blocks(
+        self, cache: PagedInt8Cache, layer: int, field: str, block_ids: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Return a copy of one field of whole blocks of a layer, in token order.
+
+        Args:
+            cache: The model's cache.
+            layer: 0-based layer.
+            field: A field of `StoredTokens`.
+            block_ids: [num_blocks] int64.
+
+        Returns:
+            The field, with num_tokens = num_blocks * block_size; slots that were not stored may hold anything.
+        """
+
+    def write_blocks(
+        self,
+        cache: PagedInt8Cache,
+        layer: int,
+        field: str,
+        block_ids: NDArray[np.int64],
+        values: NDArray[Any],
+    ) -> None:
+        """Store one field of whole blocks of a layer: the inverse of `read_blocks`.
+
+        Args:
+            cache: The model's cache.
+            layer: 0-based layer.
+            field: A field of `StoredTokens`.
+            block_ids: [num_blocks] int64, each once.
+            values: What `read_blocks` returns, C-contiguous; also what another backend's returned.
         """
 
 

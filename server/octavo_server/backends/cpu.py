@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -30,6 +30,7 @@ from octavo_server.backends.base import (
     check_layer_fits,
     check_shape,
     composed_step,
+    field_shape,
 )
 from octavo_server.backends.host_memory import free_host_bytes
 from octavo_server.kernel_build import build_cpu_kernels
@@ -191,6 +192,33 @@ class CpuBackend:
             pools.v_scales[blocks, :, offsets].numpy(),
         )
 
+    def read_blocks(
+        self, cache: PagedInt8Cache, layer: int, field: str, block_ids: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Return a copy of one field of whole blocks of a layer, in token order."""
+        pool: torch.Tensor = getattr(cache.layers[layer], field)
+        blocks = pool.index_select(0, torch.from_numpy(block_ids)).numpy()
+        num_tokens = len(block_ids) * cache.spec.block_size
+        tokens = np.empty(field_shape(cache.spec, field, num_tokens), blocks.dtype)
+        for in_pool, in_order in _paired_parts(cache.spec, field, blocks, tokens):
+            np.copyto(in_order, in_pool)
+        return tokens
+
+    def write_blocks(
+        self,
+        cache: PagedInt8Cache,
+        layer: int,
+        field: str,
+        block_ids: NDArray[np.int64],
+        values: NDArray[Any],
+    ) -> None:
+        """Store one field of whole blocks of a layer: the inverse of `read_blocks`."""
+        pool: NDArray[Any] = getattr(cache.layers[layer], field).numpy()
+        blocks = np.empty((len(block_ids), *pool.shape[1:]), pool.dtype)
+        for in_pool, in_order in _paired_parts(cache.spec, field, blocks, values):
+            np.copyto(in_pool, in_order)
+        pool[block_ids] = blocks
+
     def _alloc_pool(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return zeros in huge pages, where the system has them."""
         pool: torch.Tensor = self._ops.alloc_pool(self._runtime, math.prod(shape) * dtype.itemsize)
@@ -237,6 +265,48 @@ def _v_places(spec: ModelSpec, offsets: torch.Tensor) -> torch.Tensor:
     widths = (spec.head_dim - columns).clamp(max=_VALUE_COLUMN)
     quads, rests = offsets[:, None] // _QUAD, offsets[:, None] % _QUAD
     return columns * spec.block_size + (quads * widths + dims - columns) * _QUAD + rests
+
+
+_Pairs = Iterator[tuple[NDArray[Any], NDArray[Any]]]
+
+
+def _paired_parts(
+    spec: ModelSpec, field: str, blocks: NDArray[Any], tokens: NDArray[Any]
+) -> _Pairs:
+    """Yield views of a field as it lies in blocks and as it does in token order, each pair of one shape.
+
+    Args:
+        spec: The model.
+        field: A field of `StoredTokens`.
+        blocks: [num_blocks, ...] as a pool has it.
+        tokens: [num_blocks * block_size, num_kv_heads, ...] in token order.
+    """
+    by_block = tokens.reshape(len(blocks), spec.block_size, *tokens.shape[1:])
+    by_head = by_block.swapaxes(1, 2)
+    if field == "k_codes":
+        # A quad is moved as one number.
+        yield blocks.view(np.int32)[..., 0], by_head.view(np.int32).swapaxes(-1, -2)
+    elif field == "v_codes":
+        yield from _paired_columns(spec, blocks, by_head)
+    else:
+        yield blocks, by_head
+
+
+def _paired_columns(spec: ModelSpec, blocks: NDArray[Any], by_head: NDArray[Any]) -> _Pairs:
+    """Yield `_paired_parts` of the codes of V: columns of one width together, each place in a quad by itself."""
+    num_wide = spec.head_dim // _VALUE_COLUMN
+    split = num_wide * _VALUE_COLUMN
+    heads, num_quads = blocks.shape[:2], spec.block_size // _QUAD
+    for first, num_columns, width in (
+        (0, num_wide, _VALUE_COLUMN),
+        (split, 1, spec.head_dim - split),
+    ):
+        dims = slice(first, first + num_columns * width)
+        places = slice(dims.start * spec.block_size, dims.stop * spec.block_size)
+        in_pool = blocks[..., places].reshape(*heads, num_columns, num_quads, width, _QUAD)
+        in_order = by_head[..., dims].reshape(*heads, num_quads, _QUAD, num_columns, width)
+        for place in range(_QUAD):
+            yield in_pool[..., place], in_order[:, :, :, place].swapaxes(2, 3)
 
 
 def available_isas() -> tuple[str, ...]:

@@ -227,6 +227,31 @@ class CudaBackend:
             pools.v_scales[blocks, :, offsets].cpu().numpy(),
         )
 
+    def read_blocks(
+        self, cache: PagedInt8Cache, layer: int, field: str, block_ids: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Return a copy of one field of whole blocks of a layer, in token order."""
+        pool: torch.Tensor = getattr(cache.layers[layer], field)
+        blocks = pool[torch.from_numpy(block_ids).to(self._torch_device)]
+        values: NDArray[Any] = blocks.transpose(1, 2).flatten(0, 1).cpu().numpy()
+        return values
+
+    def write_blocks(
+        self,
+        cache: PagedInt8Cache,
+        layer: int,
+        field: str,
+        block_ids: NDArray[np.int64],
+        values: NDArray[Any],
+    ) -> None:
+        """Store one field of whole blocks of a layer: the inverse of `read_blocks`."""
+        pool: torch.Tensor = getattr(cache.layers[layer], field)
+        tokens = torch.tensor(values, device=self._torch_device)
+        shape = (len(block_ids), cache.spec.block_size, *values.shape[1:])
+        blocks = tokens.view(shape).transpose(1, 2)
+        pool[torch.from_numpy(block_ids).to(self._torch_device)] = blocks
+        self._wait_for_torch()
+
     def _unused_bytes(self) -> int:
         num_bytes = ctypes.c_int64()
         self._library.call("free_bytes", self._device, ctypes.byref(num_bytes))
@@ -239,7 +264,7 @@ class CudaBackend:
         return f"cuda: {found.name.decode()}, compute capability {compute}, {found.num_multiprocessors} multiprocessors"
 
     def _wait_for_torch(self) -> None:
-        """Wait until torch has cleared the pools: it does so on a stream of its own."""
+        """Wait until torch has written the pools: it does so on a stream of its own."""
         if self._torch_device.type == "cuda":
             torch.cuda.synchronize(self._torch_device)
 

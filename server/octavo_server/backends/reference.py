@@ -128,6 +128,27 @@ class ReferenceBackend:
             _slots(pools.v_scales)[rows].numpy(),
         )
 
+    def read_blocks(
+        self, cache: PagedInt8Cache, layer: int, field: str, block_ids: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Return a copy of one field of whole blocks of a layer, in token order."""
+        pool: torch.Tensor = getattr(cache.layers[layer], field)
+        values: NDArray[Any] = _slots(pool[torch.from_numpy(block_ids)]).numpy()
+        return values
+
+    def write_blocks(
+        self,
+        cache: PagedInt8Cache,
+        layer: int,
+        field: str,
+        block_ids: NDArray[np.int64],
+        values: NDArray[Any],
+    ) -> None:
+        """Store one field of whole blocks of a layer: the inverse of `read_blocks`."""
+        pool: torch.Tensor = getattr(cache.layers[layer], field)
+        blocks = torch.tensor(values).view(len(block_ids), *pool.shape[1:])
+        pool[torch.from_numpy(block_ids)] = blocks
+
 
 def _entry_rows(batch: RaggedBatch, entry_idx: int) -> slice:
     return slice(batch.token_starts[entry_idx], batch.token_starts[entry_idx + 1])

@@ -54,12 +54,12 @@ size_t ChunkOf(Order order, size_t thread, size_t step, size_t num_chunks) {
   return 0;
 }
 
-Vector SumChunk(const char* chunk, const char* next, size_t num_bytes, Vector sum) {
+// By reference: a CPU without such registers has no way to pass a vector that compilers agree on.
+void AddChunk(const char* chunk, const char* next, size_t num_bytes, Vector& sum) {
   for (size_t at = 0; at < num_bytes; at += kLineBytes) {
     if (next != nullptr) __builtin_prefetch(next + at, 0, kIntoL2);
     sum += *reinterpret_cast<const Vector*>(chunk + at);
   }
-  return sum;
 }
 
 uint64_t ReadShare(const char* data, size_t num_bytes, size_t thread, size_t num_threads,
@@ -71,7 +71,7 @@ uint64_t ReadShare(const char* data, size_t num_bytes, size_t thread, size_t num
       return data + ChunkOf(strategy.order, thread, turn, num_chunks) * strategy.chunk_bytes;
     };
     const char* next = strategy.prefetches && step + 1 < num_chunks ? at(step + 1) : nullptr;
-    sum = SumChunk(at(step), next, strategy.chunk_bytes, sum);
+    AddChunk(at(step), next, strategy.chunk_bytes, sum);
   }
   uint64_t total = 0;
   for (int lane = 0; lane < 8; ++lane) total += sum[lane];

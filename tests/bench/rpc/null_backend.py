@@ -84,6 +84,22 @@ class NullBackend:
         """Refuse: nothing is stored."""
         raise NotImplementedError("the null backend stores nothing")
 
+    def read_blocks(
+        self, _cache: PagedInt8Cache, _layer: int, _field: str, _block_ids: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Refuse: nothing is stored."""
+        raise NotImplementedError("the null backend stores nothing")
+
+    def write_blocks(
+        self,
+        _cache: PagedInt8Cache,
+        _layer: int,
+        _field: str,
+        _block_ids: NDArray[np.int64],
+        _values: NDArray[Any],
+    ) -> None:
+        """Store nothing."""
+
 
 class CountingBackend:
     """Passes everything on to `inner`, and counts launches and what was in them.

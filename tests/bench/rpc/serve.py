@@ -22,7 +22,7 @@ from unittest import mock
 
 from octavo_server import server as server_module
 from octavo_server.backends.base import Backend
-from octavo_server.config import ModelConfig, ServerConfig
+from octavo_server.config_keys import ModelConfig, ServerConfig
 from octavo_server.model import ModelSpec, default_sm_scale
 from octavo_server.server import Server, settle_memory
 from tests.bench.rpc.echo import MAX_MESSAGE_BYTES, serve_asyncio, serve_sync
