@@ -1,4 +1,4 @@
-"""The steps of the images, run as they are: the same scripts, a scratch prefix, and no network.
+"""The steps of the images, run as they are: the same scripts, a scratch prefix, and no network but for nvcc.
 
 What the environment of the tests has is linked into the prefix instead of downloaded, torch above all, and the cpu
 kernels that the tests compiled are copied, so that nothing is compiled twice.
@@ -21,6 +21,8 @@ import pytest
 from octavo_server.kernel_build import build_cpu_kernels
 from tests.docker import sandbox
 from tests.e2e import clean_environment
+
+pytestmark = pytest.mark.images
 
 ROOT = Path(__file__).parents[2]
 STEPS = ROOT / "docker" / "steps"
@@ -214,7 +216,6 @@ def test_the_sandbox_is_one(sandboxed_image: Image) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif("CI" not in os.environ, reason="installs a second time; set CI=true")
 def test_the_load_test_needs_no_server(scratch: Path, source: Path, image: Image) -> None:
     """`image` built the wheel."""
     load = Image(source, scratch / "load")
@@ -243,7 +244,6 @@ def test_the_user_and_its_folders(image: Image, tmp_path: Path) -> None:
     assert (tmp_path / "run/octavo").stat().st_uid == sandbox.USER_ID
 
 
-@pytest.mark.skipif("CI" not in os.environ, reason="downloads 130 MB; set CI=true")
 def test_nvcc_compiles_and_links(image: Image, tmp_path: Path) -> None:
     image.step("install-nvcc.sh", NVCC_PREFIX=str(tmp_path / "nvcc"), PIP_ARGS="")
     kernel = tmp_path / "kernel.cu"
