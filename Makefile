@@ -35,7 +35,7 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo load chaos fuzz test test-asan test-tsan test-images test-gpu bench-cpu bench-rpc pay-page bench-gpu lint format proto build wheel image image-cuda up down clean compiler-is-there
+.PHONY: help demo load chaos fuzz test test-asan test-tsan test-long test-gpu bench-cpu bench-rpc pay-page bench-gpu lint format proto build wheel image image-cuda up down clean compiler-is-there
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -64,8 +64,8 @@ test-asan: compiler-is-there $(DEV_STAMP)  ## Run the cpu kernel tests under ASa
 test-tsan: compiler-is-there $(DEV_STAMP)  ## Drill the cpu backend's threads under TSan.
 	$(BIN)/python -m tests.sanitizers.thread_drills
 
-test-images: compiler-is-there $(DEV_STAMP)  ## Run the steps of the images in a scratch prefix.
-	$(BIN)/python -m pytest -m images tests/docker $(PYTEST_ARGS)
+test-long: compiler-is-there $(DEV_STAMP)  ## Run the steps of the images in a scratch prefix, and a short chaos.
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 # On a GPU machine: with $(PYTHON) as it is and the packages that it has; nothing is installed.
 test-gpu:  ## Run the kernel tests on the GPU that is here, and the sanitizer over some of them.

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.form import FULL, SHORT
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_nothing_is_lost_unsaid_nothing_leaks_and_no_answer_is_wrong(tmp_path: Path) -> None:
     output = tmp_path / "chaos.json"
     done = subprocess.run(

@@ -22,7 +22,7 @@ from octavo_server.kernel_build import build_cpu_kernels
 from tests.docker import sandbox
 from tests.e2e import clean_environment
 
-pytestmark = pytest.mark.images
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 STEPS = ROOT / "docker" / "steps"

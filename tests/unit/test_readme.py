@@ -34,7 +34,7 @@ def test_checks_run_the_readme_s_test_command_and_what_takes_longer() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     commands = [line for line in script.splitlines() if line.startswith("make ")]
     (test_command,) = (block.strip() for block in blocks("sh") if block == "make test\n")
-    assert commands == ["make lint", test_command, "make test-asan", "make test-images"]
+    assert commands == ["make lint", test_command, "make test-asan", "make test-long"]
 
 
 def test_client_example_is_short() -> None:
